@@ -1,0 +1,762 @@
+"""Train a SiT by flow matching with representation alignment (REPA), Fisher Policy Optimization (FPO) and VR-sampling.
+
+    python train_sit.py                                     # the embedded digits: minutes on two CPU cores
+    python train_sit.py --baseline --out runs/plain         # a plain SiT: no REPA, no FPO, uniform timesteps
+    torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 --batch 256 \
+        --steps 400000 --ema 0.9999
+
+Read top to bottom: the flags, the network, the data, the timesteps, checkpoints, pictures, the training loop. What the
+loop optimises is in fpo.py. The run does not depend on the number of processes: data order, noise, timesteps, label
+drops and FPO's ranking belong to the global batch, and every process takes its slice. Letters as in fpo.py.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fpo
+
+# ------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclasses.dataclass
+class Config:
+    out: str = "runs/digits"              # folder of the run; it goes on from the newest checkpoint in there
+    data: str = "data/font_digits"        # folder with latents.npy, labels.npy, meta.json; the default is drawn when missing
+    model: str = "tiny"                   # network
+    baseline: bool = False                # plain SiT: the same as --no-repa --fpo off --timesteps uniform
+    path: str = "linear"                  # interpolant
+    predict: str = "v"                    # what the network outputs and the loss compares
+    repa: bool = True                     # align hidden tokens with the data's features
+    repa_weight: float = 0.5              # lambda of the alignment loss
+    align: str = "cosine"                 # alignment loss
+    fpo: str = "both"                     # losses that FPO reweights
+    r: float = 0.8                        # FPO: share of the batch that competes for the boost
+    beta: float = 2.0                     # FPO: size of the boost; the share of weight it moves is at most beta / (batch + beta)
+    tau: float = 1.0                      # FPO: temperature; not given in the paper
+    fpo_align_from: float = 0.9           # FPO reweights the alignment loss only at t >= this
+    weighting: str = "uniform"            # policy for the velocity loss when FPO is off there
+    timesteps: str = "vr_gaussian"        # how t is drawn
+    vr_uniform: float = 0.1               # uniform share of the VR density
+    logit_mean: float = 0.0               # location of logit-normal t (the papers' m is minus this)
+    label_dropout: float = 0.1            # share of labels replaced by the null label, for guidance
+    steps: int = 1400                     # optimiser steps in all
+    batch: int = 128                      # images per step over all processes
+    lr: float = 2e-3                      # learning rate after warm-up, constant
+    warmup: int = 100                     # steps of linear warm-up
+    clip: float = 1.0                     # gradient norm clip
+    ema: float = 0.999                    # decay of the weight average, less in the first steps: (1 + step) / (10 + step)
+    amp: str = "auto"                     # auto: bf16 where this hardware runs it faster
+    seed: int = 0                         # seed of everything
+    log_every: int = 20                   # steps between rows of log.csv
+    sample_every: int = 700               # steps between pictures
+    save_every: int = 350                 # steps between checkpoints
+    keep: int = 2                         # checkpoints kept
+    guidance: float = 2.0                 # guidance of the pictures
+
+
+MODELS = {"tiny": dict(depth=6, width=160, heads=5, patch=4, encoder_depth=2, projector_width=256)}
+for name, depth, width, heads, encoder_depth in (("S", 12, 384, 6, 4), ("B", 12, 768, 12, 4), ("L", 24, 1024, 16, 8),
+                                                 ("XL", 28, 1152, 16, 8)):
+    for patch in (2, 4, 8):
+        MODELS[f"SiT-{name}/{patch}"] = dict(depth=depth, width=width, heads=heads, patch=patch, encoder_depth=encoder_depth)
+TIMESTEPS = ("uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss")
+CHOICES = dict(model=tuple(MODELS), path=tuple(fpo.PATHS), predict=("v", "x", "eps"), align=("cosine", "nt_xent"),
+               fpo=("off", "velocity", "alignment", "both"), weighting=("uniform", "hard_sample", "p2", "min_snr"),
+               timesteps=TIMESTEPS, amp=("auto", "bf16", "fp32"))
+FREE_ON_RESUME = {"out", "data", "steps", "amp", "log_every", "sample_every", "save_every", "keep", "guidance", "baseline"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    """End the program with one line, said by one process only."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def parse_flags(kind, choices, argv=None, description=None):
+    """An instance of the dataclass kind from the command line: a flag for each field, its comment as the help."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(kind), re.M))
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(kind):
+        options = dict(default=field.default, help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"))
+        if field.type in (bool, "bool"):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=type(field.default), choices=choices.get(field.name))
+        parser.add_argument(f"--{field.name}", **options)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def check(cfg):
+    """Raise ValueError, in one line, for values that no run can have."""
+    fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
+    for name in ("steps", "batch", "log_every", "sample_every", "save_every", "keep"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1 is needed")
+    for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf), ("ema", 0, 1), ("vr_uniform", 0, 1), ("label_dropout", 0, 1),
+                            ("fpo_align_from", 0, 1), ("repa_weight", 0, math.inf), ("warmup", 0, math.inf)):
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: a number from {low} to {high} is needed")
+    if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
+        raise ValueError(f"--weighting {cfg.weighting} takes the place of FPO on the velocity loss: add --fpo alignment or --fpo off")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The network: SiT as published, with the published state-dict names
+
+
+def position_embedding(width, side):
+    """Fixed 2D sin-cos code (side * side, width), in the official element order: the column's half, then the row's."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [p.reshape(-1, 1) * omega for p in (column, row)]                        # each (T, D / 4)
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """256 sinusoids of raw t in [0, 1], then an MLP."""
+
+    def __init__(self, width, size=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("freqs", 10000.0 ** (-torch.arange(size // 2) / (size // 2)), persistent=False)
+
+    def forward(self, t):
+        angles = t.float()[:, None] * self.freqs                                      # (B, 128)
+        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], 1))
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class and a last one for 'no class'."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, T, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: the identity at initialisation."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn, self.mlp = Attention(width, heads), Mlp(width, 4 * width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, 1)))
+
+
+class SiT(nn.Module):
+    """Scalable interpolant transformer. feature_dim: width D of the alignment targets; None: no projector.
+
+    forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W), the velocity; with features=True also the projected tokens
+    z (B, T, feature_dim) of block encoder_depth. The projector runs only when asked.
+    """
+
+    def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2, encoder_depth=8,
+                 feature_dim=None, projector_width=2048):
+        super().__init__()
+        if size % patch or width % heads or width % 4:
+            raise ValueError(f"SiT: latents of {size} x {size} do not divide into patches of {patch}, or width {width} into heads")
+        self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.patch, self.channels, self.encoder_depth, self.num_classes = patch, channels, encoder_depth, num_classes
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(channels, width, patch, patch)
+        self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
+        self.t_embedder, self.y_embedder = TimestepEmbedder(width), LabelEmbedder(num_classes, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch * patch * channels)
+        P = projector_width
+        self.projectors = nn.ModuleList() if feature_dim is None else nn.ModuleList([nn.Sequential(
+            nn.Linear(width, P), nn.SiLU(), nn.Linear(P, P), nn.SiLU(), nn.Linear(P, feature_dim))])
+        self.initialize()
+
+    def initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, y, features=False):
+        B, C, H, W = x.shape
+        p = self.patch
+        h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed        # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                                    # (B, D)
+        for depth, block in enumerate(self.blocks, 1):
+            h = block(h, c)
+            if features and depth == self.encoder_depth:
+                z = self.projectors[0](h)                                              # (B, T, feature_dim)
+        out = self.final_layer(h, c).view(B, H // p, W // p, p, p, C)
+        out = out.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        return (out, z) if features else out
+
+
+def as_velocity(model, predict="v", path="linear"):
+    """The network as a velocity model(x, t, y), whichever of v, x and eps it outputs."""
+    if predict == "v":
+        return model
+    convert = {"x": fpo.velocity_from_x, "eps": fpo.velocity_from_eps}[predict]
+    return lambda x, t, y: convert(model(x, t, y), x, t, fpo.PATHS[path], floor=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The data: one folder, memory-mapped
+
+
+class Latents:
+    """latents.npy (N, C or 2C, H, W), labels.npy (N,), features.npy (N, T, D) if asked for, meta.json.
+
+    What the model sees is (latents - bias) * scale; with meta["moments"] the channels are mean and std, sampled first.
+    Raises ValueError, in one line, for a folder that no model should be trained on.
+    """
+
+    def __init__(self, folder, features=False):
+        folder = Path(folder)
+        for name in ["latents.npy", "labels.npy", "meta.json"] + ["features.npy"] * features:
+            if not (folder / name).is_file():
+                raise ValueError(f"data folder {folder} has no {name}" + ("; without it: --no-repa" if name == "features.npy" else ""))
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.latents, self.labels = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("latents", "labels"))
+        self.features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False) if features else None
+        shapes = [a.shape for a in (self.latents, self.labels, self.features) if a is not None]
+        if self.latents.ndim != 4 or self.latents.shape[2] != self.latents.shape[3] or len({s[0] for s in shapes}) != 1 or not len(self.labels):
+            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) are needed, but the shapes are {shapes}")
+        if self.labels.min() < 0 or self.labels.max() >= self.meta["num_classes"]:
+            raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, "
+                             f"but 0 to {self.meta['num_classes'] - 1} are accepted (num_classes in meta.json)")
+        self.moments = bool(self.meta.get("moments", False))
+        self.channels, self.size = self.latents.shape[1] // (2 if self.moments else 1), self.latents.shape[2]
+
+    def batch(self, rows):
+        """Rows (B,) as they lie on disk: latents, labels, features or None."""
+        order = np.argsort(rows)                                                        # reads ascend on the disk
+        back = np.argsort(order)
+        take = lambda a: None if a is None else torch.from_numpy(a[rows[order]][back])
+        return take(self.latents), take(self.labels).long(), take(self.features)
+
+    def see(self, latents, noise):
+        """What the model sees: (B, C or 2C, H, W) from the disk, noise (B, C, H, W) -> (B, C, H, W) float32."""
+        x = latents.float()
+        if self.moments:
+            mean, std = x.chunk(2, 1)
+            x = mean + std * noise
+        return (x - self.meta["bias"]) * self.meta["scale"]
+
+    def some(self, n, seed=0):
+        """n random images as the model sees them (fewer if there are fewer)."""
+        rows = np.random.RandomState(seed).permutation(len(self.labels))[:n]
+        noise = torch.randn(len(rows), self.channels, self.size, self.size, generator=torch.Generator().manual_seed(seed))
+        return self.see(self.batch(rows)[0], noise)
+
+    def describe(self):
+        """Print what the model will see; raise ValueError when its deviation is far from 1."""
+        x = self.some(2048)
+        mean, std = ([round(v, 3) for v in f(x, dim=(0, 2, 3)).tolist()] for f in (torch.mean, torch.std))
+        print(f"data: {len(self.labels)} latents {self.channels} x {self.size} x {self.size}, {self.meta['num_classes']} classes, features "
+              f"{None if self.features is None else self.features.shape[1:]}; the model sees mean {mean} deviation {std}")
+        if not 0.5 < x.std() < 2:
+            raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (accepted: 0.5 to 2): wrong scale "
+                             f"{self.meta['scale']} in meta.json?")
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.RandomState([seed, epoch]).permutation(n)
+
+
+def rows_of(step, batch, seed, n):
+    """The rows (batch,) of the global batch at step: one endless stream of epochs, each in its own order."""
+    position = step * batch + np.arange(batch)
+    return np.array([permutation(seed, int(p // n), n)[p % n] for p in position])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Timesteps
+
+
+class Timesteps:
+    """Draws t (B,) from uniform u (B,). The VR kinds hold a density on a grid; it is part of the checkpoint."""
+
+    def __init__(self, cfg, data, device):
+        self.kind, self.uniform, self.mean = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean
+        self.least = 1e-3 if cfg.path == "diffusion" else 0.0                  # sigma' is infinite at 0 there
+        bins = 100 if self.kind == "vr_loss" else 1000
+        t = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).clamp_min(self.least)
+        pdf, path = torch.ones_like(t), fpo.PATHS[cfg.path]
+        alpha, sigma = path(t)[:2]
+        if self.kind == "vr_gaussian":
+            pdf = fpo.vr_density(fpo.gaussian_posterior_variance(data.some(8192).flatten(1), alpha / sigma), t, path, self.uniform)
+        elif self.kind == "vr_monte_carlo":
+            generator = torch.Generator().manual_seed(cfg.seed)
+            variance = fpo.posterior_variance(data.some(200, cfg.seed).flatten(1), alpha / sigma, 500, generator)
+            pdf = fpo.vr_density(variance, t, path, self.uniform)
+        self.state = {"t": t, "pdf": pdf, "loss": torch.zeros_like(t), "count": torch.zeros_like(t)}
+        self.state = {k: v.float().to(device) for k, v in self.state.items()}
+
+    def draw(self, u):
+        if self.kind == "uniform":
+            return u.clamp_min(self.least)
+        if self.kind == "logit_normal":
+            return fpo.logit_normal_timesteps(u, self.mean).clamp_min(self.least)
+        return fpo.sample_timesteps(u, self.state["t"], self.state["pdf"])
+
+    def update(self, t, losses, decay=0.99):
+        """vr_loss: the density follows the mean loss at each t, the network's own estimate of h^2 V [VR Lemma 3.1]."""
+        if self.kind != "vr_loss":
+            return
+        s = self.state
+        member = F.one_hot((t * len(s["t"])).long().clamp(0, len(s["t"]) - 1), len(s["t"])).float()    # (B, bins)
+        s["loss"], s["count"] = decay * s["loss"] + losses @ member, decay * s["count"] + member.sum(0)
+        curve = torch.where(s["count"] > 0, s["loss"] / s["count"].clamp_min(1e-9), s["loss"].sum() / s["count"].sum())
+        s["pdf"] = (1 - self.uniform) * curve / curve.mean() + self.uniform
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(folder, state, keep):
+    """Write folder/step-NNNNNNN.pt whole or not at all, and remove all but the newest keep. Returns its path."""
+    path = Path(folder) / f"step-{state['step']:07d}.pt"
+    draft = path.with_suffix(".tmp")
+    with open(draft, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(draft, path)
+    for old in sorted(Path(folder).glob("step-*.pt"))[:-keep]:
+        old.unlink()
+    return path
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint of a run, or None."""
+    return max(Path(folder).glob("step-*.pt"), default=None)
+
+
+def read_checkpoint(path):
+    """A checkpoint's content, read without running any code in it; ValueError if it is none."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint that can be read ({type(error).__name__})") from None
+
+
+def arch_of(state):
+    """The SiT arguments that a state dict with the published names was made with."""
+    out, width = state["final_layer.linear.bias"].numel(), state["pos_embed"].shape[-1]
+    channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+    arch = dict(size=math.isqrt(state["pos_embed"].shape[1]) * patch, channels=channels, width=width, patch=patch,
+                depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
+    known = [m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])]
+    arch.update({k: known[0][k] for k in ("heads", "encoder_depth")} if known else dict(heads=width // 64, encoder_depth=arch["depth"] // 3))
+    if "projectors.0.4.weight" in state:
+        arch.update(zip(("feature_dim", "projector_width"), state["projectors.0.4.weight"].shape))
+    return arch, out // (patch * patch * channels)
+
+
+def from_sit(state, arch):
+    """Official SiT weights in our convention: v(x, t) = -v_SiT(x, 1 - t), first half of the 2C outputs, all exactly.
+
+    cos and sin of w (1 - t) are a rotation of cos and sin of w t, so the reversal of time folds into mlp.0.
+    """
+    state, p, C = dict(state), arch["patch"], arch["channels"]
+    for name in ("weight", "bias"):
+        last = state[f"final_layer.linear.{name}"]
+        state[f"final_layer.linear.{name}"] = -last.view(p * p, 2 * C, -1)[:, :C].reshape(p * p * C, *last.shape[1:])
+    W = state["t_embedder.mlp.0.weight"].double()
+    w = 10000.0 ** (-torch.arange(W.shape[1] // 2, dtype=torch.float64) / (W.shape[1] // 2))
+    on_cos, on_sin = W.chunk(2, 1)
+    W = torch.cat([on_cos * w.cos() + on_sin * w.sin(), on_cos * w.sin() - on_sin * w.cos()], 1)
+    state["t_embedder.mlp.0.weight"] = W.to(state["t_embedder.mlp.0.weight"].dtype)
+    return state
+
+
+def load_model(path, ema=True):
+    """(model, config) from our checkpoint, a REPA checkpoint or an official SiT state dict; model in eval mode on the CPU.
+
+    config: dict with path, predict, step and the data's meta where known. The model is always in our convention, t = 0
+    data and v = alpha' x + sigma' eps (as_velocity gives v from a network that outputs x or eps). ValueError otherwise.
+    """
+    saved = read_checkpoint(path)
+    config = {"path": "linear", "predict": "v", "meta": None, "step": None}
+    try:
+        if "config" in saved:                                                          # ours
+            config.update(saved["config"], meta=saved["meta"], step=saved["step"])
+            state, arch = saved["ema" if ema else "model"], saved["arch"]
+        else:
+            state = saved["ema" if ema else "model"] if "model" in saved else saved     # REPA, or the bare dict of SiT
+            config["step"] = saved.get("steps")
+            arch, doubled = arch_of(state)
+            state = from_sit(state, arch) if doubled == 2 else state
+        model = SiT(**arch)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds another architecture than SiT ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+    return model.eval().requires_grad_(False), config
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def image_noise(seed, rows, shape):
+    """For every row its own CPU generator and its first draw: noise (B, C, H, W), the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed * 2 ** 32 + int(row)) for row in rows]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
+
+
+def to_pixels(x, meta):
+    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray for 1 channel, else a rough look at the first three."""
+    if x.shape[1] == 1:
+        return (x / meta["scale"] + meta["bias"]).clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    return (127.5 + 51 * x[:, :3]).clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
+def write_grid(pixels, path, columns=10):
+    """uint8 (B, H, W, 3) -> one PNG, enlarged to about 48 pixels an image."""
+    import matplotlib.image
+    B, H, W, _ = pixels.shape
+    rows, zoom = math.ceil(B / columns), max(1, 48 // H)
+    sheet = np.zeros((rows * columns, H, W, 3), np.uint8)
+    sheet[:B] = pixels
+    sheet = sheet.reshape(rows, columns, H, W, 3).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3)
+    matplotlib.image.imsave(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+
+
+def write_curves(log, path):
+    """log.csv -> a picture of its losses."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = list(csv.DictReader(open(log)))
+    columns = [c for c in ("loss", "align", "grad_norm") if rows and rows[0][c]]
+    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), squeeze=False)
+    for axis, column in zip(axes[0], columns):
+        axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows])
+        axis.set(xlabel="step", title={"loss": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm"}[column])
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_samples(model, cfg, meta, path):
+    """A grid of samples at cfg.guidance: ten rows, a class each for the first ten classes."""
+    device = next(model.parameters()).device
+    shape = (model.channels, model.arch["size"], model.arch["size"])
+    rows = np.arange(10 * min(10, model.num_classes))
+    y = torch.from_numpy(rows // 10).to(device)
+    v = fpo.guided(as_velocity(model, cfg.predict, cfg.path), y, cfg.guidance, null=model.num_classes)
+    end = 1e-3 if cfg.path == "diffusion" else 0.0
+    x = fpo.heun(v, image_noise(cfg.seed, rows, shape)[0].to(device), 20, end)
+    write_grid(to_pixels(x.cpu(), meta).numpy(), path)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def start_processes():
+    """rank, world, device: alone, or one of torchrun's."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def bf16_is_faster(device):
+    """Whether bf16 autocast pays: yes on CUDA that has it, no on MPS, by a short measurement on a CPU."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 160, dtype=dtype), torch.ones(160, 640, dtype=dtype)
+        a @ b
+        start = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        times[dtype] = time.perf_counter() - start
+    return times[torch.bfloat16] < 0.8 * times[torch.float32]
+
+
+def gathered(x, world, dim):
+    """x of every process, joined along dim in the order of the global batch. No gradient."""
+    if world == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts, dim)
+
+
+def sample_weights(cfg, losses, t):
+    """The weight of each sample of the global batch: losses (1 or 2, B), t (B,) -> (1 or 2, B), detached, each row sums to B."""
+    path, c = fpo.PATHS[cfg.path], torch.ones_like(losses)
+    if cfg.fpo in ("velocity", "both"):
+        c[0] = fpo.fpo_gradient_weights(losses[0], cfg.r, cfg.beta, cfg.tau)
+    elif cfg.weighting == "hard_sample":
+        c[0] = fpo.hard_sample_weights(losses[0], cfg.r, cfg.beta)
+    elif cfg.weighting in ("p2", "min_snr"):
+        c[0] = {"p2": fpo.p2_weights, "min_snr": fpo.min_snr_weights}[cfg.weighting](t, path)
+    if len(losses) == 2 and cfg.fpo in ("alignment", "both"):
+        c[1] = fpo.fpo_gradient_weights(losses[1], cfg.r, cfg.beta, cfg.tau, mask=t >= cfg.fpo_align_from)
+    return c
+
+
+def prepare(cfg):
+    """Everything that can refuse to start, before any work: checked flags, the data, a writable folder, what to resume."""
+    if cfg.baseline:
+        cfg.repa, cfg.fpo, cfg.timesteps = False, "off", "uniform"
+    check(cfg)
+    rank, world, device = start_processes()
+    if cfg.batch % world:
+        raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes")
+    if cfg.data == Config.data:
+        from data import font_digits
+        if rank == 0:
+            font_digits.ensure()
+        if world > 1:
+            dist.barrier()
+        cfg.data = str(font_digits.FOLDER)
+    data = Latents(cfg.data, features=cfg.repa)
+    tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
+    if cfg.repa and data.features.shape[1] != tokens:
+        raise ValueError(f"features.npy has {data.features.shape[1]} tokens an image, but --model {cfg.model} cuts "
+                         f"{data.size} x {data.size} latents into {tokens} patches")
+    torch.manual_seed(cfg.seed)
+    model = SiT(data.size, data.channels, data.meta["num_classes"], **MODELS[cfg.model],
+                feature_dim=data.features.shape[2] if cfg.repa else None)
+    out, need = Path(cfg.out), 32 * sum(p.numel() for p in model.parameters())          # two checkpoints of 4 float32 copies
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f".write-{rank}").touch()
+        (out / f".write-{rank}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from None
+    if shutil.disk_usage(out).free < need:
+        raise ValueError(f"--out {out} has {shutil.disk_usage(out).free / 1e9:.1f} GB free, but two checkpoints take {need / 1e9:.1f} GB")
+    newest = newest_checkpoint(out)
+    saved = read_checkpoint(newest) if newest else None
+    for name, value in dataclasses.asdict(cfg).items():
+        if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
+            raise ValueError(f"{newest} was made with --{name} {saved['config'].get(name)}, not {value}: choose another --out")
+    return rank, world, device, data, model, saved
+
+
+def keep_rows(log, step):
+    """Drop the rows of log.csv after step: a resumed run writes them again."""
+    rows = list(csv.DictReader(open(log))) if log.exists() else []
+    with open(log, "w", newline="") as f:
+        writer = csv.DictWriter(f, LOG)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= step)
+
+
+LOG = ("step", "loss", "align", "grad_norm", "moved", "ess", "lr", "images_per_s")
+
+
+def train(cfg):
+    from tqdm import tqdm
+    rank, world, device, data, model, saved = prepare(cfg)
+    if cfg.amp == "auto":
+        cfg.amp = saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"
+    if rank == 0:
+        print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
+        print(f"{device.type}, {cfg.amp}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+              f"global batch {cfg.batch} = {world} processes x {cfg.batch // world}")
+        data.describe()
+    model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    timesteps = Timesteps(cfg, data, device)
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        opt.load_state_dict(saved["opt"])
+        timesteps.state, step = {k: v.to(device) for k, v in saved["timesteps"].items()}, saved["step"]
+    if rank == 0 and cfg.timesteps.startswith("vr"):
+        print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
+            *fpo.logit_normal_location(timesteps.state["t"], timesteps.state["pdf"])))
+    net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    parameters, averages = list(model.parameters()), list(ema.parameters())
+
+    out, shape, b = Path(cfg.out), (data.channels, data.size, data.size), cfg.batch // world
+    mine, scale = slice(rank * b, (rank + 1) * b), torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)
+    reader, stop = ThreadPoolExecutor(1), []
+    load = lambda step: reader.submit(lambda: data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    if rank == 0:
+        keep_rows(out / "log.csv", step)
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
+    never = 2 ** 62
+    first_bad, running, since, upcoming = torch.tensor(never, device=device), 0, time.time(), load(step)
+
+    while step < cfg.steps and not stop:
+        latents, y, features = upcoming.result()
+        upcoming = load(step + 1)
+        # The whole global batch's randomness, from (seed, step); this process uses its slice.
+        random = torch.Generator(device).manual_seed(cfg.seed * 2 ** 32 + step)
+        eps = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine]
+        u, drop = torch.rand(2, cfg.batch, generator=random, device=device)
+        noise = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine] if data.moments else None
+        t = timesteps.draw(u)                                                           # (B,), of the global batch
+        y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y.to(device))
+        x = data.see(latents.to(device), noise)
+        x_t, v = fpo.interpolate(x, eps, t[mine], path)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
+            prediction = net(x_t, t[mine], y, features=cfg.repa)
+        prediction, z = prediction if cfg.repa else (prediction, None)
+        losses = [fpo.velocity_loss(prediction, {"v": v, "x": x, "eps": eps}[cfg.predict])]
+        if cfg.repa and cfg.align == "cosine":
+            losses.append(fpo.alignment_loss(z, features.to(device)))
+        elif cfg.repa:
+            losses.append(fpo.nt_xent_loss(z, gathered(features.to(device), world, 0), first=mine.start))
+        losses = torch.stack(losses)                                                    # (2, b): velocity, alignment
+        everyone = gathered(losses, world, 1)                                           # (2, B)
+        c = sample_weights(cfg, everyone, t)                                            # [FPO Thm. 3.3], detached
+        loss = (c[:, mine] * losses).mean(1) @ scale                                    # [REPA Eq. 9]
+
+        for group in opt.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
+        opt.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        opt.step()
+        torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        timesteps.update(t, everyone[0])
+        step += 1
+
+        means = torch.cat([everyone.mean(1), norm[None]])
+        running = running + means
+        first_bad = torch.where(means.isfinite().all(), first_bad, first_bad.clamp_max(step))
+        log, save = step % cfg.log_every == 0, step % cfg.save_every == 0 or step == cfg.steps
+        if world > 1:                                                                   # all stop at the same step
+            flag = torch.tensor(max(stop, default=0))
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stop += [int(flag)] if flag > 0 else []
+        if (log or save or stop) and first_bad < never:
+            bar.close()
+            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is {newest_checkpoint(out)}")
+        if rank > 0:
+            continue
+        bar.update()
+        if log:
+            values = (running / cfg.log_every).tolist()
+            moved, ess = fpo.weight_moved(c[0])
+            row = [step, values[0], values[1] if cfg.repa else "", values[-1], moved.item(), ess.item() / cfg.batch,
+                   group["lr"], cfg.batch * cfg.log_every / (time.time() - since)]
+            with open(out / "log.csv", "a", newline="") as f:
+                csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+            bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
+            running, since = 0, time.time()
+        if save or stop:
+            newest = save_checkpoint(out, {
+                "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
+                "timesteps": timesteps.state, "config": dataclasses.asdict(cfg), "arch": model.arch, "meta": data.meta}, cfg.keep)
+        if step % cfg.sample_every == 0 and step < cfg.steps:
+            write_samples(ema, cfg, data.meta, out / f"samples-{step:07d}.png")
+            write_curves(out / "log.csv", out / "loss.png")
+
+    bar.close()
+    reader.shutdown(cancel_futures=True)
+    if rank == 0 and not stop:
+        write_samples(ema, cfg, data.meta, out / "samples.png")
+        write_curves(out / "log.csv", out / "loss.png")
+        print(f"done: {step} steps. Wrote {out}/samples.png, {out}/loss.png, {out}/log.csv and {newest_checkpoint(out)}")
+    elif rank == 0:
+        print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on from there")
+    if world > 1:
+        dist.destroy_process_group()
+    return 128 + stop[0] if stop else 0
+
+
+def main(argv=None):
+    cfg = parse_flags(Config, CHOICES, argv, __doc__.split("\n\nRead")[0])
+    try:
+        sys.exit(train(cfg))
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
