@@ -104,6 +104,8 @@ def parse_flags(kind, choices, argv=None, description=None):
         options = dict(default=field.default, help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"))
         if field.type in (bool, "bool"):
             options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            options.update(nargs="*", type=type((field.default + (0,))[0]))
         else:
             options.update(type=type(field.default), choices=choices.get(field.name))
         parser.add_argument(f"--{field.name}", **options)
@@ -172,7 +174,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, T, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:      # the fused kernel is 6 times slower there: its backward
+            out = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
@@ -283,7 +289,7 @@ class Latents:
     """
 
     def __init__(self, folder, features=False):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         for name in ["latents.npy", "labels.npy", "meta.json"] + ["features.npy"] * features:
             if not (folder / name).is_file():
                 raise ValueError(f"data folder {folder} has no {name}" + ("; without it: --no-repa" if name == "features.npy" else ""))

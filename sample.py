@@ -1,0 +1,200 @@
+"""Checkpoint in; a picture grid, an .npz for the ADM evaluator and, with --metrics, measurements out.
+
+    python sample.py                                             # 100 digits from runs/digits
+    python sample.py --count 1000 --guidance 2 --metrics
+    torchrun --nproc_per_node 8 sample.py --checkpoint XL.pt --sampler sde --steps 250 --count 50000 --guidance 1.8 \
+        --interval 0 0.7
+
+Image i depends on the seed and on i alone: neither on the batch size nor on the number of processes. The .npz holds
+arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
+"""
+import dataclasses
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import fpo
+from train_sit import (Latents, as_velocity, fail, image_noise, load_model, newest_checkpoint, parse_flags, start_processes,
+                       to_pixels, write_grid)
+
+
+@dataclasses.dataclass
+class Config:
+    checkpoint: str = "runs/digits"       # a checkpoint, or the folder of a run for its newest one
+    out: str = "samples"                  # folder for grid.png, samples.npz, metrics.json
+    count: int = 100                      # images
+    batch: int = 100                      # images at a time in each process
+    classes: tuple = ()                   # labels, in turn; without it every label is drawn uniformly
+    seed: int = 0                         # seed of labels and noise
+    ema: bool = True                      # sample from the weight average
+    sampler: str = "heun"                 # integrator
+    steps: int = 25                       # steps of euler, heun (2 evaluations each) and sde
+    tolerance: float = 1e-4               # rtol and atol of dopri5
+    w: float = 2.0                        # sde: diffusion coefficient w sigma_t; 2 as in the published runs
+    last: float = 0.04                    # sde: the last, noiseless step runs from here; 0: equal steps
+    guidance: float = 1.0                 # guidance scale; 1: none
+    interval: tuple = (0.0, 1.0)          # timesteps at which guidance acts
+    amp: str = "fp32"                     # precision of the network
+    metrics: bool = False                 # compare with the data
+    data: str = "data/font_digits"        # the data for --metrics
+
+
+SAMPLERS = {
+    "euler": lambda v, x, cfg, path, generators, end: fpo.euler(v, x, cfg.steps, end),
+    "heun": lambda v, x, cfg, path, generators, end: fpo.heun(v, x, cfg.steps, end),
+    "dopri5": lambda v, x, cfg, path, generators, end: fpo.dopri5(v, x, cfg.tolerance, cfg.tolerance, end),
+    "sde": lambda v, x, cfg, path, generators, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, generators, end),
+}
+
+
+def check(cfg, num_classes):
+    """Raise ValueError, in one line, for values that cannot be sampled with."""
+    for name in ("count", "batch", "steps"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1 is needed")
+    for name, good, accepted in (("tolerance", cfg.tolerance > 0, "> 0"), ("w", cfg.w >= 0, ">= 0"), ("last", 0 <= cfg.last < 1, "in [0, 1)"),
+                                 ("interval", len(cfg.interval) == 2 and 0 <= cfg.interval[0] <= cfg.interval[1] <= 1, "two numbers in [0, 1]"),
+                                 ("classes", all(0 <= c < num_classes for c in cfg.classes), f"from 0 to {num_classes - 1}")):
+        if not good:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {accepted} is needed")
+
+
+def generate(model, config, cfg, rows, device):
+    """The images with numbers rows (B,) as the model sees them -> x (B, C, H, W), labels (B,), NFE."""
+    shape = (model.channels, model.arch["size"], model.arch["size"])
+    x, generators = image_noise(cfg.seed, rows, shape)
+    labels = [int(torch.randint(model.num_classes, (1,), generator=g)) for g in generators]
+    if cfg.classes:
+        labels = [cfg.classes[row % len(cfg.classes)] for row in rows]
+    y, path = torch.tensor(labels, device=device), fpo.PATHS[config["path"]]
+    v = fpo.guided(as_velocity(model, config["predict"], config["path"]), y, cfg.guidance, cfg.interval, model.num_classes)
+    v = fpo.counted(v)
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
+        x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, 1e-3 if config["path"] == "diffusion" else 0.0)
+    return x.cpu(), np.array(labels), v.nfe
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Metrics: on features (N, D) of data and samples
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two feature sets (N, D), (N', D), in float64."""
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    value, vector = torch.linalg.eigh(A)
+    root = vector * value.clamp_min(0).sqrt() @ vector.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Share of fake inside the manifold of real, and the reverse; a manifold is the union of the balls around its points
+    that reach their k-th neighbour (improved precision and recall, Kynkaanniemi et al.). Use equally many of both."""
+    def covered(queries, points):
+        radius = torch.cdist(points, points).kthvalue(k + 1, 1).values        # the nearest neighbour is the point itself
+        return (torch.cdist(queries, points) <= radius).any(1).double().mean().item()
+
+    return covered(fake, real), covered(real, fake)
+
+
+def measure(data, x, labels):
+    """Everything that can be measured of samples x (N, C, H, W) against the data, under its full name."""
+    folder, n = Path(data.folder), min(len(x), 5000)
+    if (folder / "judge.pt").exists():
+        from data.font_digits import load_judge
+        judge, name = load_judge(folder), "the judge's features"
+        x = (to_pixels(x, data.meta)[..., 0].float() - data.meta["bias"])[:, None] * data.meta["scale"]      # as in the file
+        embed = lambda x: torch.cat([judge.embed(part) for part in x.split(1000)])
+    else:
+        judge, name = None, "latents averaged to 8 x 8"
+        embed = lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1)
+    real = embed(data.some(10_000 + len(x)))
+    spare, real, fake = real[:len(real) // 2][:len(x)], real[len(real) // 2:], embed(x)
+    precision, recall = precision_recall(real[:n], fake[:n])
+    result = {f"Frechet distance in {name}": frechet_distance(real, fake),
+              f"the same for {len(spare)} images of the data": frechet_distance(real, spare),
+              f"precision (k = 3, {n} + {n} images)": precision, f"recall (k = 3, {n} + {n} images)": recall}
+    if judge:
+        result["judge accuracy"] = (torch.cat([judge(part) for part in x.split(1000)]).argmax(1).numpy() == labels).mean()
+    return {key: float(value) for key, value in result.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def sample(cfg):
+    from tqdm import tqdm
+    path = newest_checkpoint(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path(cfg.checkpoint)
+    if path is None:
+        raise ValueError(f"no checkpoint in {cfg.checkpoint}")
+    model, config = load_model(path, cfg.ema)
+    check(cfg, model.num_classes)
+    meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
+    data = Latents(cfg.data) if cfg.metrics else None
+    rank, world, device = start_processes()
+    out, start = Path(cfg.out), time.time()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f".write-{rank}").touch()
+        (out / f".write-{rank}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from None
+    size, model = model.arch["size"], model.to(device)
+    shapes = {"arr_0": ((cfg.count, size, size, 3), np.uint8), "x": ((cfg.count, model.channels, size, size), np.float32),
+              "labels": ((cfg.count,), np.int64)}
+    files = {name: out / f".{name}.npy" for name in shapes}            # on the disk, for all processes: never in memory
+    if rank == 0:
+        for name, (shape, dtype) in shapes.items():
+            np.lib.format.open_memmap(files[name], "w+", dtype, shape).flush()
+    if world > 1:
+        dist.barrier()
+    arrays = {name: np.load(file, mmap_mode="r+") for name, file in files.items()}
+    mine = np.arange(cfg.count)[rank * cfg.count // world:(rank + 1) * cfg.count // world]
+    nfe = 0
+    for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
+        rows = mine[k:k + cfg.batch]
+        x, labels, nfe = generate(model, config, cfg, rows, device)
+        arrays["x"][rows], arrays["labels"][rows], arrays["arr_0"][rows] = x.numpy(), labels, to_pixels(x, meta).numpy()
+    for array in arrays.values():
+        array.flush()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    settings = dict(dataclasses.asdict(cfg), checkpoint=str(path), step=config["step"], path=config["path"], predict=config["predict"],
+                    vae=meta.get("vae"), nfe=nfe, processes=world)
+    np.save(out / ".settings.npy", json.dumps(settings))
+    with zipfile.ZipFile(out / "samples.npz", "w") as archive:         # an .npz is a zip of .npy files
+        for name in ("arr_0", "labels", "settings"):
+            archive.write(out / f".{name}.npy", f"{name}.npy")
+    write_grid(arrays["arr_0"][:100], out / "grid.png")
+    print(f"{cfg.count} images, {nfe} evaluations, {time.time() - start:.0f} s. Wrote {out}/grid.png and {out}/samples.npz")
+    if cfg.metrics:
+        result = measure(data, torch.from_numpy(np.array(arrays["x"])), np.array(arrays["labels"]))
+        for key, value in result.items():
+            print(f"{value:10.4f}  {key}")
+        (out / "metrics.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")
+    for name in (*shapes, "settings"):
+        (out / f".{name}.npy").unlink()
+
+
+def main(argv=None):
+    cfg = parse_flags(Config, dict(sampler=tuple(SAMPLERS), amp=("fp32", "bf16")), argv, __doc__)
+    try:
+        sample(cfg)
+    except ValueError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
