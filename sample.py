@@ -47,24 +47,14 @@ class Config:
     data: str = "data/font_digits"        # the data for --metrics
 
 
+ACCEPTED = dict(amp=["fp32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6), tolerance=(1e-12, 1),
+                w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
 SAMPLERS = {
     "euler": lambda v, x, cfg, path, generators, end: fpo.euler(v, x, cfg.steps, end),
     "heun": lambda v, x, cfg, path, generators, end: fpo.heun(v, x, cfg.steps, end),
     "dopri5": lambda v, x, cfg, path, generators, end: fpo.dopri5(v, x, cfg.tolerance, cfg.tolerance, end),
     "sde": lambda v, x, cfg, path, generators, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, generators, end),
 }
-
-
-def check(cfg, num_classes):
-    """Raise ValueError, in one line, for values that cannot be sampled with."""
-    for name in ("count", "batch", "steps"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1 is needed")
-    for name, good, accepted in (("tolerance", cfg.tolerance > 0, "> 0"), ("w", cfg.w >= 0, ">= 0"), ("last", 0 <= cfg.last < 1, "in [0, 1)"),
-                                 ("interval", len(cfg.interval) == 2 and 0 <= cfg.interval[0] <= cfg.interval[1] <= 1, "two numbers in [0, 1]"),
-                                 ("classes", all(0 <= c < num_classes for c in cfg.classes), f"from 0 to {num_classes - 1}")):
-        if not good:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {accepted} is needed")
 
 
 def generate(model, config, cfg, rows, device):
@@ -137,7 +127,10 @@ def sample(cfg):
     if path is None:
         raise ValueError(f"no checkpoint in {cfg.checkpoint}")
     model, config = load_model(path, cfg.ema)
-    check(cfg, model.num_classes)
+    if not all(0 <= label < model.num_classes for label in cfg.classes):
+        raise ValueError(f"--classes {cfg.classes}: labels from 0 to {model.num_classes - 1} are accepted")
+    if len(cfg.interval) != 2 or not 0 <= cfg.interval[0] <= cfg.interval[1] <= 1:
+        raise ValueError(f"--interval {cfg.interval}: two numbers in [0, 1], the smaller first, are accepted")
     meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
     data = Latents(cfg.data) if cfg.metrics else None
     rank, world, device = start_processes()
@@ -189,7 +182,7 @@ def sample(cfg):
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, dict(sampler=tuple(SAMPLERS), amp=("fp32", "bf16")), argv, __doc__)
+    cfg = parse_flags(Config, dict(ACCEPTED, sampler=list(SAMPLERS)), argv, __doc__)
     try:
         sample(cfg)
     except ValueError as error:

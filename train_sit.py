@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,14 +76,17 @@ class Config:
 
 
 MODELS = {"tiny": dict(depth=6, width=160, heads=5, patch=4, encoder_depth=2, projector_width=256)}
-for name, depth, width, heads, encoder_depth in (("S", 12, 384, 6, 4), ("B", 12, 768, 12, 4), ("L", 24, 1024, 16, 8),
+for size, depth, width, heads, encoder_depth in (("S", 12, 384, 6, 4), ("B", 12, 768, 12, 4), ("L", 24, 1024, 16, 8),
                                                  ("XL", 28, 1152, 16, 8)):
     for patch in (2, 4, 8):
-        MODELS[f"SiT-{name}/{patch}"] = dict(depth=depth, width=width, heads=heads, patch=patch, encoder_depth=encoder_depth)
-TIMESTEPS = ("uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss")
-CHOICES = dict(model=tuple(MODELS), path=tuple(fpo.PATHS), predict=("v", "x", "eps"), align=("cosine", "nt_xent"),
-               fpo=("off", "velocity", "alignment", "both"), weighting=("uniform", "hard_sample", "p2", "min_snr"),
-               timesteps=TIMESTEPS, amp=("auto", "bf16", "fp32"))
+        MODELS[f"SiT-{size}/{patch}"] = dict(depth=depth, width=width, heads=heads, patch=patch, encoder_depth=encoder_depth)
+ACCEPTED = dict(                          # a list of names, or the least and the largest value
+    model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent"],
+    fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
+    timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
+    steps=(1, math.inf), batch=(1, math.inf), log_every=(1, math.inf), sample_every=(1, math.inf), save_every=(1, math.inf),
+    keep=(1, math.inf), warmup=(0, math.inf), lr=(0, math.inf), clip=(0, math.inf), repa_weight=(0, math.inf), ema=(0, 1),
+    vr_uniform=(0, 1), label_dropout=(0, 1), fpo_align_from=(0, 1), seed=(0, 2 ** 31))
 FREE_ON_RESUME = {"out", "data", "steps", "amp", "log_every", "sample_every", "save_every", "keep", "guidance", "baseline"}
 
 
@@ -96,34 +100,25 @@ def fail(message):
     sys.exit(f"{Path(sys.argv[0]).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
-def parse_flags(kind, choices, argv=None, description=None):
+def parse_flags(kind, accepted, argv=None, description=None):
     """An instance of the dataclass kind from the command line: a flag for each field, its comment as the help."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(kind), re.M))
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(kind):
-        options = dict(default=field.default, help=f"{comments[field.name]} (default: {field.default})".replace("%", "%%"))
-        if field.type in (bool, "bool"):
+        name, default, range_ = field.name, field.default, accepted.get(field.name)
+        options = dict(default=default, help=f"{comments[name]} (default: {default})")
+        if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(field.default, tuple):
-            options.update(nargs="*", type=type((field.default + (0,))[0]))
+        elif isinstance(default, tuple):
+            options.update(nargs="*", type=type((default + (0,))[0]))
         else:
-            options.update(type=type(field.default), choices=choices.get(field.name))
-        parser.add_argument(f"--{field.name}", **options)
-    return kind(**vars(parser.parse_args(argv)))
-
-
-def check(cfg):
-    """Raise ValueError, in one line, for values that no run can have."""
-    fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
-    for name in ("steps", "batch", "log_every", "sample_every", "save_every", "keep"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: at least 1 is needed")
-    for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf), ("ema", 0, 1), ("vr_uniform", 0, 1), ("label_dropout", 0, 1),
-                            ("fpo_align_from", 0, 1), ("repa_weight", 0, math.inf), ("warmup", 0, math.inf)):
-        if not low <= getattr(cfg, name) <= high:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: a number from {low} to {high} is needed")
-    if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
-        raise ValueError(f"--weighting {cfg.weighting} takes the place of FPO on the velocity loss: add --fpo alignment or --fpo off")
+            options.update(type=type(default), choices=range_ if isinstance(range_, list) else None)
+        parser.add_argument(f"--{name}", **options)
+    values = vars(parser.parse_args(argv))
+    for name, range_ in accepted.items():
+        if isinstance(range_, tuple) and not range_[0] <= values[name] <= range_[1]:
+            fail(f"--{name} {values[name]}: a number from {range_[0]} to {range_[1]} is accepted")
+    return kind(**values)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -142,28 +137,10 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class TimestepEmbedder(nn.Module):
-    """256 sinusoids of raw t in [0, 1], then an MLP."""
-
-    def __init__(self, width, size=256):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer("freqs", 10000.0 ** (-torch.arange(size // 2) / (size // 2)), persistent=False)
-
-    def forward(self, t):
-        angles = t.float()[:, None] * self.freqs                                      # (B, 128)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], 1))
-
-
-class LabelEmbedder(nn.Module):
-    """One row per class and a last one for 'no class'."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
+def time_features(t, size=256):
+    """256 sinusoids of raw t in [0, 1]: (B,) -> (B, 256)."""
+    angles = t.float()[:, None] * 10000.0 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
+    return torch.cat([torch.cos(angles), torch.sin(angles)], 1)
 
 
 class Attention(nn.Module):
@@ -181,15 +158,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Transformer block with adaLN-Zero: the identity at initialisation."""
 
@@ -197,7 +165,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn, self.mlp = Attention(width, heads), Mlp(width, 4 * width)
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -231,10 +200,10 @@ class SiT(nn.Module):
             raise ValueError(f"SiT: latents of {size} x {size} do not divide into patches of {patch}, or width {width} into heads")
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.channels, self.encoder_depth, self.num_classes = patch, channels, encoder_depth, num_classes
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(channels, width, patch, patch)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
-        self.t_embedder, self.y_embedder = TimestepEmbedder(width), LabelEmbedder(num_classes, width)
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})      # the last row: no class
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
         P = projector_width
@@ -247,19 +216,20 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        patches, time = self.x_embedder["proj"], self.t_embedder["mlp"]
+        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+        nn.init.zeros_(patches.bias)
+        for layer in (time[0], time[2], self.y_embedder["embedding_table"]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y, features=False):
         B, C, H, W = x.shape
         p = self.patch
-        h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed        # (B, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                                    # (B, D)
+        h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed      # (B, T, D)
+        c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)            # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = block(h, c)
             if features and depth == self.encoder_depth:
@@ -281,6 +251,13 @@ def as_velocity(model, predict="v", path="linear"):
 # The data: one folder, memory-mapped
 
 
+def open_array(path):
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no array that can be mapped ({error})") from None
+
+
 class Latents:
     """latents.npy (N, C or 2C, H, W), labels.npy (N,), features.npy (N, T, D) if asked for, meta.json.
 
@@ -294,8 +271,8 @@ class Latents:
             if not (folder / name).is_file():
                 raise ValueError(f"data folder {folder} has no {name}" + ("; without it: --no-repa" if name == "features.npy" else ""))
         self.meta = json.loads((folder / "meta.json").read_text())
-        self.latents, self.labels = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("latents", "labels"))
-        self.features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False) if features else None
+        self.latents, self.labels = open_array(folder / "latents.npy"), open_array(folder / "labels.npy")
+        self.features = open_array(folder / "features.npy") if features else None
         shapes = [a.shape for a in (self.latents, self.labels, self.features) if a is not None]
         if self.latents.ndim != 4 or self.latents.shape[2] != self.latents.shape[3] or len({s[0] for s in shapes}) != 1 or not len(self.labels):
             raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) are needed, but the shapes are {shapes}")
@@ -431,7 +408,7 @@ def arch_of(state):
                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                 num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
     known = [m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])]
-    arch.update({k: known[0][k] for k in ("heads", "encoder_depth")} if known else dict(heads=width // 64, encoder_depth=arch["depth"] // 3))
+    arch.update({k: known[0][k] for k in ("heads", "encoder_depth")} if known else dict(heads=max(1, width // 64), encoder_depth=arch["depth"] // 3))
     if "projectors.0.4.weight" in state:
         arch.update(zip(("feature_dim", "projector_width"), state["projectors.0.4.weight"].shape))
     return arch, out // (patch * patch * channels)
@@ -512,7 +489,9 @@ def write_curves(log, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = list(csv.DictReader(open(log)))
-    columns = [c for c in ("loss", "align", "grad_norm") if rows and rows[0][c]]
+    if not rows:
+        return
+    columns = [c for c in ("loss", "align", "grad_norm") if rows[0][c]]
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), squeeze=False)
     for axis, column in zip(axes[0], columns):
         axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows])
@@ -591,7 +570,9 @@ def prepare(cfg):
     """Everything that can refuse to start, before any work: checked flags, the data, a writable folder, what to resume."""
     if cfg.baseline:
         cfg.repa, cfg.fpo, cfg.timesteps = False, "off", "uniform"
-    check(cfg)
+    fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
+    if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
+        raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo alignment or --fpo off")
     rank, world, device = start_processes()
     if cfg.batch % world:
         raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes")
@@ -625,15 +606,6 @@ def prepare(cfg):
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
             raise ValueError(f"{newest} was made with --{name} {saved['config'].get(name)}, not {value}: choose another --out")
     return rank, world, device, data, model, saved
-
-
-def keep_rows(log, step):
-    """Drop the rows of log.csv after step: a resumed run writes them again."""
-    rows = list(csv.DictReader(open(log))) if log.exists() else []
-    with open(log, "w", newline="") as f:
-        writer = csv.DictWriter(f, LOG)
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= step)
 
 
 LOG = ("step", "loss", "align", "grad_norm", "moved", "ess", "lr", "images_per_s")
@@ -670,8 +642,10 @@ def train(cfg):
     load = lambda step: reader.submit(lambda: data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
-    if rank == 0:
-        keep_rows(out / "log.csv", step)
+    if rank == 0:                                          # rows after the checkpoint will be written again
+        old = (out / "log.csv").read_text().splitlines() if step else []
+        rows = [row for row in old[1:] if int(row.split(",")[0]) <= step]
+        (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
     first_bad, running, since, upcoming = torch.tensor(never, device=device), 0, time.time(), load(step)
@@ -757,7 +731,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, CHOICES, argv, __doc__.split("\n\nRead")[0])
+    cfg = parse_flags(Config, ACCEPTED, argv, __doc__.split("\n\nRead")[0])
     try:
         sys.exit(train(cfg))
     except ValueError as error:

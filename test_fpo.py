@@ -1,0 +1,798 @@
+"""The papers' claims as tests, in their order, then the plumbing. Run: python -m pytest -q   (with -s: the measured costs)"""
+import argparse
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fpo
+import sample
+import train_sit
+
+HERE = Path(__file__).resolve().parent
+paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
+ENDS = torch.tensor([0.0, 1e-4, 0.03, 0.3, 0.77, 0.999, 1.0], dtype=torch.float64)
+
+
+def seeded(n):
+    return torch.Generator().manual_seed(n)
+
+
+class Mixture:
+    """Oracle: a mixture of Gaussians in 2D; everything about x_t follows from its components' means and covariances."""
+    means = torch.tensor([[1.0, 0.5], [-1.2, 0.3], [0.2, -1.0]], dtype=torch.float64)
+    variance, weights = 0.09, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def log_density(self, x, t, path):
+        """log p_t(x) up to a constant: component k of x_t is N(alpha mean_k, alpha^2 variance + sigma^2)."""
+        alpha, sigma, _, _ = (c[:, None] for c in path(t))
+        total = alpha ** 2 * self.variance + sigma ** 2
+        square = (x[:, None] - alpha[:, :, None] * self.means).square().sum(-1)
+        return torch.logsumexp(self.weights.log() - square / (2 * total) - total.log(), 1)
+
+    def velocity(self, x, t, path):
+        """E[v | x_t = x], each component by the conditional mean of jointly Gaussian v and x_t."""
+        alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
+        total = alpha ** 2 * self.variance + sigma ** 2
+        offset = x[:, None] - alpha * self.means
+        logits = self.weights.log() - offset.square().sum(-1) / (2 * total[..., 0]) - total[..., 0].log()
+        v = d_alpha * self.means + (alpha * d_alpha * self.variance + sigma * d_sigma) / total * offset
+        return (torch.softmax(logits, 1)[..., None] * v).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Interpolants
+
+
+@paths
+def test_path_derivatives_are_those_of_alpha_and_sigma(path):
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = path(t)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), t, retain_graph=True)[0], derivative.detach())
+
+
+@paths
+def test_regression_on_gaussian_data_finds_the_marginal_velocity(path):
+    n, variance = 400_000, 0.5
+    x = variance ** 0.5 * torch.randn(n, 1, generator=seeded(0), dtype=torch.float64)
+    eps, t = torch.randn(n, 1, generator=seeded(1), dtype=torch.float64), torch.full((n,), 0.4, dtype=torch.float64)
+    x_t, v = fpo.interpolate(x, eps, t, path)
+    slope = (x_t * v).sum() / (x_t * x_t).sum()                        # least squares: E[v | x_t] = slope x_t
+    alpha, sigma, d_alpha, d_sigma = (c[0] for c in path(t))
+    exact = (alpha * d_alpha * variance + sigma * d_sigma) / (alpha ** 2 * variance + sigma ** 2)
+    assert abs(slope - exact) < 0.02 * max(1, abs(exact))
+
+
+@paths
+def test_score_from_velocity_is_the_gradient_of_the_log_density(path):
+    t = torch.linspace(0.05, 1, 40, dtype=torch.float64)
+    x = torch.randn(40, 2, generator=seeded(2), dtype=torch.float64).requires_grad_()
+    score, = torch.autograd.grad(Mixture().log_density(x, t, path).sum(), x)
+    torch.testing.assert_close(fpo.score_from_velocity(Mixture().velocity(x.detach(), t, path), x.detach(), t, path), score)
+
+
+@paths
+def test_conversions_invert_each_other_and_are_finite_at_both_ends(path):
+    x, eps = torch.randn(2, len(ENDS), 3, 2, generator=seeded(3), dtype=torch.float64)
+    x_t, v = fpo.interpolate(x, eps, ENDS, path)
+    torch.testing.assert_close(fpo.x_from_velocity(v, x_t, ENDS, path), x)
+    torch.testing.assert_close(fpo.eps_from_velocity(v, x_t, ENDS, path), eps)
+    inside = slice(2, -2)
+    for back in (fpo.velocity_from_x(x, x_t, ENDS, path), fpo.velocity_from_eps(eps, x_t, ENDS, path)):
+        torch.testing.assert_close(back[inside], v[inside])
+        assert back.isfinite().all()
+    assert fpo.score_from_velocity(v, x_t, ENDS, path).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_losses_are_per_sample_and_computed_in_float32():
+    h, y = torch.randn(4, 9, 16, generator=seeded(4)), torch.randn(4, 9, 16, generator=seeded(5))
+    by_hand = [-sum(F.cosine_similarity(a, b, dim=0) for a, b in zip(h[i], y[i])) / 9 for i in range(4)]
+    torch.testing.assert_close(fpo.alignment_loss(h, 3 * y), torch.stack(by_hand))
+    tiny = torch.full((1, 1, 64), 1e-30, dtype=torch.bfloat16)         # in bf16 its norm underflows
+    assert fpo.alignment_loss(tiny, tiny).isfinite().all() and fpo.alignment_loss(tiny, tiny).dtype == torch.float32
+    assert fpo.velocity_loss(torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)).tolist() == [1, 1]
+
+
+def test_nt_xent_of_a_slice_against_the_global_batch_is_the_slice_of_the_whole():
+    h, y = torch.randn(6, 3, 8, generator=seeded(6)), torch.randn(6, 3, 8, generator=seeded(7))
+    whole = fpo.nt_xent_loss(h, y, 0.2)
+    torch.testing.assert_close(torch.cat([fpo.nt_xent_loss(h[:2], y, 0.2), fpo.nt_xent_loss(h[2:], y, 0.2, first=2)]), whole)
+    k, i = F.normalize(h, dim=-1), F.normalize(y, dim=-1)
+    token = [-math.log(math.exp(k[1, n] @ i[1, n] / 0.2) / sum(math.exp(k[1, n] @ i[j, n] / 0.2) for j in range(6))) for n in range(3)]
+    assert abs(whole[1].item() - sum(token) / 3) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# FPO
+
+
+MASKS = {"all": None, "some": torch.rand(40, generator=seeded(8)) < 0.4, "none": torch.zeros(40, dtype=torch.bool)}
+
+
+def some_losses(n=40):
+    return torch.rand(n, generator=seeded(9), dtype=torch.float64) * 2
+
+
+def test_weights_follow_equations_18_to_20_by_hand():
+    w = fpo.fpo_weights(torch.tensor([3.0, 1.0, 2.0, 0.0, 9.0]), r=0.4, beta=2.0, tau=1.0)      # H = {9, 3}
+    p = math.exp(9) / (math.exp(9) + math.exp(3))
+    torch.testing.assert_close(w, torch.tensor([1 + 2 * (1 - p), 1, 1, 1, 1 + 2 * p]) * 5 / 7)
+
+
+@pytest.mark.parametrize("r, n, top", [(0.29, 100, 29), (0.8, 128, 102), (1.0, 7, 7), (0.01, 5, 1), (0.7, 10, 7)])
+def test_the_boosted_set_has_floor_r_n_members_and_at_least_one(r, n, top):
+    assert (fpo.fpo_policy(some_losses(n), r) > 0).sum() == top
+    assert (fpo.fpo_policy(torch.ones(n), r) > 0).sum() == top                                   # ties too
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("r, beta, tau", [(0.8, 2.0, 1.0), (0.3, 5.0, 0.05), (1.0, 0.0, 0.2)])
+def test_theorem_3_3_collapses_to_one_detached_weight_per_sample(r, beta, tau, mask):
+    losses = some_losses().requires_grad_()
+    gradient, = torch.autograd.grad(fpo.fpo_loss(losses, r, beta, tau, mask), losses)
+    c = fpo.fpo_gradient_weights(losses, r, beta, tau, mask)
+    torch.testing.assert_close(c, 40 * gradient)
+    assert not c.requires_grad and abs(c.sum().item() - 40) < 1e-9
+    assert mask is None or (c[~mask] == 1).all()
+
+
+def test_gradient_through_a_network_is_that_of_theorem_3_3_term_by_term():
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(3, 1).double(), torch.randn(12, 3, dtype=torch.float64)
+    losses = net(x).square()[:, 0]
+    per_sample = torch.stack([torch.autograd.grad(l, net.weight, retain_graph=True)[0].flatten() for l in losses])
+    N, r, beta, tau = 12, 0.5, 3.0, 0.3
+    H = losses.argsort(descending=True)[:6]
+    p = torch.zeros(N, dtype=torch.float64)
+    p[H] = torch.softmax(losses[H] / tau, 0).detach()
+    d_p = p[:, None] / tau * (per_sample - p @ per_sample)                                       # [FPO Eq. 22]
+    Z = 1 + beta / N
+    expected = ((1 + beta * p) / Z) @ per_sample / N + losses.detach() @ (beta / Z * d_p) / N     # [FPO Eq. 21]
+    torch.testing.assert_close(torch.autograd.grad(fpo.fpo_loss(losses, r, beta, tau), net.weight)[0].flatten(), expected)
+
+
+def test_a_constant_added_to_every_loss_changes_nothing():
+    losses = some_losses()
+    for shift in (-1.0, 1e4):
+        torch.testing.assert_close(fpo.fpo_gradient_weights(losses + shift), fpo.fpo_gradient_weights(losses))
+
+
+def test_the_boost_is_at_most_beta_out_of_n_plus_beta():
+    for tau in (1e-3, 1.0, 1e3):
+        moved, ess = fpo.weight_moved(fpo.fpo_weights(some_losses(), 0.8, 2.0, tau))
+        assert moved <= 2 / 42 and 0 < ess <= 40
+
+
+def test_hard_sample_weights_are_fpo_at_infinite_temperature_and_static_policies_sum_to_n():
+    losses, t = some_losses(), torch.linspace(0, 1, 40, dtype=torch.float64)
+    torch.testing.assert_close(fpo.hard_sample_weights(losses, 0.5, 2.0), fpo.fpo_weights(losses, 0.5, 2.0, 1e9))
+    for path in fpo.PATHS.values():
+        for w in (fpo.p2_weights(t, path), fpo.min_snr_weights(t, path)):
+            assert w.isfinite().all() and (w >= 0).all() and abs(w.sum() - 40) < 1e-9
+    snr = (torch.cos(math.pi / 2 * t) / torch.sin(math.pi / 2 * t).clamp_min(1e-9)) ** 2
+    known = torch.minimum(snr, torch.full_like(snr, 5.0)) / (snr + 1)            # min-SNR for v-prediction, as published
+    torch.testing.assert_close(fpo.min_snr_weights(t, fpo.cosine), known * 40 / known.sum())
+
+
+@pytest.mark.parametrize("bad", [dict(r=0.0), dict(r=1.1), dict(r=math.nan), dict(beta=-1.0), dict(tau=0.0), dict(tau=-1.0)])
+def test_bad_fpo_arguments_raise(bad):
+    for function in (fpo.fpo_weights, fpo.fpo_loss, fpo.fpo_gradient_weights):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            function(some_losses(), **bad)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# VR-sampling
+
+
+def direct_posterior_variance(x, snr, eps):
+    """The paper's way: form every x_t, compare it with every point, average (without Eq. 3.3's missing 1/K)."""
+    V = []
+    for s in (1 / snr).tolist():
+        x_t = (x[:, None] + s * eps).reshape(-1, x.shape[1])                                     # x_t / alpha, (M K, d)
+        w = torch.softmax(-torch.cdist(x_t, x).square() / (2 * s * s), 1)
+        V.append((x.square().sum(1).mean() - (w @ x).square().sum(1).mean()) / x.shape[1])
+    return torch.stack(V)
+
+
+def test_posterior_variance_equals_the_direct_formula():
+    x = torch.randn(60, 5, generator=seeded(10), dtype=torch.float64)
+    x = x - x.mean(0)
+    snr = torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0], dtype=torch.float64).clamp_min(1e-6)
+    eps = torch.randn(3000, 5, generator=seeded(11), dtype=torch.float64)
+    ours = fpo.posterior_variance(x, snr, 3000, seeded(11))
+    torch.testing.assert_close(ours, direct_posterior_variance(x, snr, eps), rtol=0.02, atol=3e-3)
+
+
+def test_posterior_variance_equals_quadrature_in_one_dimension():
+    x = torch.tensor([[-1.0], [-0.2], [0.3], [1.5]], dtype=torch.float64)
+    snr = torch.tensor([0.2, 1.0, 3.0, 30.0], dtype=torch.float64)
+    z = torch.linspace(-60, 60, 400_001, dtype=torch.float64)                                    # x_t / alpha
+    for s, V in zip(1 / snr, fpo.posterior_variance(x, snr, 50_000, seeded(12))):
+        density = torch.exp(-(z - x).square() / (2 * s * s)) / (s * math.sqrt(2 * math.pi))      # (4, z)
+        w = density / density.sum(0).clamp_min(1e-300)
+        variance = (w * x.square()).sum(0) - (w * x).sum(0).square()
+        exact = torch.trapezoid(variance * density.mean(0), z)
+        assert abs(V - exact) < 0.02 * exact + 1e-12
+
+
+def test_posterior_variance_survives_tight_clusters_far_apart():
+    pair = torch.tensor([[0.0, 0.0], [1e-3, 0.0]], dtype=torch.float64)
+    both, snr = torch.cat([pair, pair + 50]), torch.tensor([1e3], dtype=torch.float64)           # 50 / s = 5e4: underflow
+    alone = fpo.posterior_variance(pair, snr, 20_000, seeded(13))
+    assert alone > 0
+    torch.testing.assert_close(fpo.posterior_variance(both, snr, 20_000, seeded(13)), alone, rtol=0.02, atol=0)
+
+
+def test_monte_carlo_is_at_most_the_gaussian_closed_form_which_is_exact_for_gaussian_data():
+    x = torch.randn(400, 2, generator=seeded(14), dtype=torch.float64) * torch.tensor([1.0, 0.3])
+    snr = torch.logspace(-2, 2, 30, dtype=torch.float64)
+    mc, gaussian = fpo.posterior_variance(x, snr, 500, seeded(15)), fpo.gaussian_posterior_variance(x, snr)
+    assert (mc >= 0).all() and (mc <= gaussian * 1.02).all()
+    assert mc[-1] < 0.2 * gaussian[-1]                                                           # the points have separated
+    lam = torch.tensor([1.0, 0.09], dtype=torch.float64)
+    torch.testing.assert_close(gaussian, (lam / (1 + snr[:, None] ** 2 * lam)).mean(1), rtol=0.2, atol=0)
+    torch.testing.assert_close(fpo.gaussian_posterior_variance(x[:2].T, snr), fpo.gaussian_posterior_variance(x[:2].T.repeat(9, 1), snr))
+
+
+@paths
+def test_h_squared_v_is_the_irreducible_velocity_loss(path):
+    n, variance, t = 200_000, 0.5, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    x = variance ** 0.5 * torch.randn(n, 1, generator=seeded(16), dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = path(t)
+    V = fpo.gaussian_posterior_variance(x[:50_000], alpha / sigma)
+    curve = ((d_alpha * sigma - alpha * d_sigma) / sigma) ** 2 * V
+    for k in range(3):
+        x_t, v = fpo.interpolate(x, torch.randn(n, 1, generator=seeded(17), dtype=torch.float64), t[k].expand(n), path)
+        residual = (v - (x_t * v).sum() / (x_t * x_t).sum() * x_t).square().mean()
+        assert abs(residual / curve[k] - 1) < 0.02
+    pdf = fpo.vr_density(V, t, path, uniform=0.2)
+    flat = 0.2 / (t[-1] - t[0])
+    torch.testing.assert_close((pdf - flat)[1:] / (pdf - flat)[:-1], curve[1:] / curve[:-1])      # the mixture's other part is curve
+    assert abs(torch.trapezoid(pdf, t) - 1) < 1e-9
+
+
+def test_inverse_cdf_draws_the_density_and_round_trips():
+    t = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+    pdf = 6 * t * (1 - t)                                                                       # Beta(2, 2): CDF 3 t^2 - 2 t^3
+    u = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    drawn = fpo.sample_timesteps(u, t, pdf)
+    assert (drawn.diff() > 0).all() and drawn[0] == t[0] and drawn[-1] <= t[-1]
+    torch.testing.assert_close(3 * drawn ** 2 - 2 * drawn ** 3, u, rtol=0, atol=1e-4)
+    u = torch.rand(4000, generator=seeded(18))
+    assert abs(fpo.sample_timesteps(u, t, pdf).mean() - 0.5) < 0.02 and fpo.sample_timesteps(u, t, pdf).dtype == torch.float32
+
+
+def test_kolmogorov_smirnov_recovers_the_location_of_a_logit_normal():
+    t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for m in (-1.25, 0.0, 0.75):
+        pdf = torch.exp(-(torch.logit(t) - m) ** 2 / 2) / (t * (1 - t)) / math.sqrt(2 * math.pi)
+        found, distance = fpo.logit_normal_location(t, pdf)
+        assert found == m and distance < 0.01
+        drawn = fpo.logit_normal_timesteps(torch.rand(20_000, generator=seeded(19)), m)
+        assert abs(torch.logit(drawn).mean() - m) < 0.03 and abs(torch.logit(drawn).std() - 1) < 0.03
+    assert fpo.logit_normal_timesteps(torch.tensor([0.0])).tolist() == [0]
+
+
+def test_vr_density_is_200_times_cheaper_than_the_direct_formula():
+    x = torch.randn(200, 4096, generator=seeded(20))
+    alpha, sigma, _, _ = fpo.linear((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    start = time.perf_counter()
+    fpo.posterior_variance(x, alpha / sigma, 500, seeded(21))
+    ours = time.perf_counter() - start
+    start = time.perf_counter()
+    direct_posterior_variance(x, (alpha / sigma)[950:951], torch.randn(50, 4096, generator=seeded(22)))
+    direct = (time.perf_counter() - start) * 10 * 1000                                           # 1 of 1000 timesteps, 50 of 500 noises
+    print(f"\nVR density, M = 200, K = 500, 1000 timesteps, d = 4096: {ours:.1f} s; direct formula {direct:.0f} s: ratio {direct / ours:.0f}")
+    assert direct > 200 * ours
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+def end_error(sampler, v):
+    z = torch.linspace(-2, 2, 64, dtype=torch.float64).repeat(2, 1).T.contiguous()
+    z[:, 1] = z[:, 1].flip(0)
+    exact = fpo.dopri5(v, z, 1e-10, 1e-10)
+    return (sampler(z) - exact).abs().amax(1).median().item()
+
+
+@pytest.mark.parametrize("path", [fpo.linear, fpo.cosine], ids=["linear", "cosine"])
+def test_euler_converges_with_order_1_and_heun_with_order_2(path):
+    v = lambda x, t: Mixture().velocity(x, t, path)
+    for sampler, order in ((fpo.euler, 1), (fpo.heun, 2)):
+        coarse, fine = (end_error(lambda z: sampler(v, z, n), v) for n in (100, 200))
+        assert abs(math.log2(coarse / fine) - order) < 0.25
+
+
+def test_dopri5_keeps_its_tolerance_and_does_not_depend_on_the_batch():
+    v = fpo.counted(lambda x, t: Mixture().velocity(x, t, fpo.linear))
+    errors = [end_error(lambda z: fpo.dopri5(v, z, tol, tol), v) for tol in (1e-3, 1e-5, 1e-7)]
+    assert errors[0] < 1e-2 and errors[1] < 1e-4 and errors[2] < 1e-6
+    z = torch.randn(9, 2, generator=seeded(23))
+    v.nfe = 0
+    whole = fpo.dopri5(v, z)
+    assert 7 <= v.nfe < 300 and whole.dtype == torch.float32
+    torch.testing.assert_close(torch.cat([fpo.dopri5(v, z[:2]), fpo.dopri5(v, z[2:])]), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("w, last", [(0.0, 0.04), (1.0, 0.04), (2.0, 0.04), (2.0, 0.0)])
+def test_the_sde_ends_with_the_mean_and_covariance_of_the_data(w, last):
+    mean, root = torch.tensor([0.7, -0.4], dtype=torch.float64), torch.tensor([[0.8, 0.0], [0.5, 0.4]], dtype=torch.float64)
+    cov, eye = root @ root.T, torch.eye(2, dtype=torch.float64)
+
+    def v(x, t):                                                     # E[v | x_t] of Gaussian data, linear path
+        a, s = 1 - t[0], t[0]
+        return -mean + (x - a * mean) @ torch.linalg.solve(a * a * cov + s * s * eye, s * eye - a * cov)
+
+    z = torch.randn(40_000, 2, generator=seeded(24), dtype=torch.float64)
+    x = fpo.euler_maruyama(v, z, 400, fpo.linear, w, last, seeded(25))
+    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(torch.cov(x.T), cov, rtol=0, atol=0.025)
+
+
+def test_without_noise_the_sde_sampler_is_euler():
+    v, z = lambda x, t: Mixture().velocity(x, t, fpo.linear), torch.randn(5, 2, generator=seeded(26))
+    torch.testing.assert_close(fpo.euler_maruyama(v, z, 20, w=0.0, last=0.0), fpo.euler(v, z, 20))
+
+
+def test_guidance_acts_in_its_interval_only_and_computes_nothing_outside():
+    seen = []
+
+    def model(x, t, y):
+        seen.append((len(x), y.tolist()))
+        return x * 0 + (y.float() + t)[:, None]
+
+    x, y = torch.zeros(2, 1), torch.tensor([3, 5])
+    v = fpo.guided(model, y, scale=2.0, interval=(0.2, 0.7), null=10)
+    assert v(x, torch.tensor([0.9, 0.1])).flatten().tolist() == pytest.approx([3.9, 5.1]) and seen[-1] == (2, [3, 5])
+    assert v(x, torch.tensor([0.9, 0.5])).flatten().tolist() == pytest.approx([3.9, 10.5 + 2 * (5.5 - 10.5)]) and seen[-1] == (3, [3, 5, 10])
+    fpo.guided(model, y)(x, torch.tensor([0.5, 0.5]))
+    assert seen[-1][0] == 2
+    with pytest.raises(ValueError, match="null"):
+        fpo.guided(model, y, 2.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every function of fpo.py lifts out alone
+
+
+@pytest.mark.parametrize("name", [n for n, f in vars(fpo).items() if inspect.isfunction(f)])
+def test_function_needs_only_torch_and_the_neighbours_its_docstring_names(name):
+    function = getattr(fpo, name)
+    text = " ".join(function.__doc__.split())
+    needs = text.split("Needs ")[1].split(".")[0].split(", ") if "Needs " in text else []
+    names, todo = set(), [function.__code__]
+    while todo:                                                       # the global names it and its inner functions use
+        code = todo.pop()
+        names |= set(code.co_names)
+        todo += [c for c in code.co_consts if inspect.iscode(c)]
+    default = {p.default.__name__ for p in inspect.signature(function).parameters.values() if inspect.isfunction(p.default)}
+    used = {n for n in names if inspect.isfunction(getattr(fpo, n, None))}
+    assert used <= set(needs) | default, f"{name} uses {used - set(needs)} without saying so"
+    namespace = dict(torch=torch, math=math, F=F, **{n: getattr(fpo, n) for n in set(needs) | default})
+    exec(inspect.getsource(function), namespace)
+    assert callable(namespace[name])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+PUBLISHED = """pos_embed x_embedder.proj.weight x_embedder.proj.bias t_embedder.mlp.0.weight t_embedder.mlp.0.bias
+t_embedder.mlp.2.weight t_embedder.mlp.2.bias y_embedder.embedding_table.weight blocks.0.attn.qkv.weight blocks.0.attn.qkv.bias
+blocks.0.attn.proj.weight blocks.0.attn.proj.bias blocks.0.mlp.fc1.weight blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.weight
+blocks.0.mlp.fc2.bias blocks.0.adaLN_modulation.1.weight blocks.0.adaLN_modulation.1.bias final_layer.linear.weight
+final_layer.linear.bias final_layer.adaLN_modulation.1.weight final_layer.adaLN_modulation.1.bias""".split()
+SMALL = dict(size=8, channels=2, num_classes=5, depth=3, width=48, heads=3, patch=2, encoder_depth=2)
+
+
+def awake(model):
+    """Random values where adaLN-Zero starts at 0, so that every weight matters."""
+    for k, p in enumerate(model.parameters()):
+        p.data += 0.05 * torch.randn(p.shape, generator=seeded(k))
+    return model.eval()
+
+
+def inputs(B=3, size=8, channels=2):
+    return torch.randn(B, channels, size, size, generator=seeded(30)), torch.rand(B, generator=seeded(31)), torch.tensor([0, 4, 5][:B])
+
+
+@pytest.mark.parametrize("name, millions", [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
+def test_published_models_have_their_published_sizes(name, millions):
+    with torch.device("meta"):
+        model = train_sit.SiT(**train_sit.MODELS[name])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+def test_state_dict_has_the_published_names():
+    state = train_sit.SiT(**SMALL, feature_dim=7).state_dict()
+    expected = PUBLISHED + [f"projectors.0.{k}.{kind}" for k in (0, 2, 4) for kind in ("weight", "bias")]
+    assert sorted(k for k in state if not k.startswith(("blocks.1", "blocks.2"))) == sorted(expected)
+
+
+def test_adaln_zero_starts_as_the_identity_and_the_output_as_zero():
+    torch.manual_seed(0)
+    model, (x, t, y) = train_sit.SiT(**SMALL), inputs()
+    tokens = torch.randn(3, 16, 48)
+    assert torch.equal(model.blocks[1](tokens, torch.randn(3, 48)), tokens)
+    assert (model(x, t, y) == 0).all()
+
+
+def test_position_code_follows_the_official_element_order():
+    code, width, side = train_sit.position_embedding(16, 3), 16, 3
+    for row in range(side):
+        for column in range(side):
+            omega = [1 / 10000 ** (k / 4) for k in range(4)]
+            expected = [f(p * o) for p in (column, row) for f in (math.sin, math.cos) for o in omega]
+            torch.testing.assert_close(code[row * side + column], torch.tensor(expected))
+
+
+def official_sit(model, x, t, y):
+    """Oracle: the published forward pass, up to the tokens by hooks on our blocks, then its own unpatchify; 2C outputs."""
+    kept = []
+    hook = model.final_layer.register_forward_hook(lambda m, i, o: kept.append(o))
+    try:
+        model(x, t, y)
+    except RuntimeError:                                              # ours cannot reshape 2C channels
+        pass
+    hook.remove()
+    p, side, C = model.patch, x.shape[2] // model.patch, 2 * x.shape[1]
+    image = torch.einsum("nhwpqc->nchpwq", kept[0].reshape(len(x), side, side, p, p, C))
+    return image.reshape(len(x), C, side * p, side * p)[:, :C // 2]
+
+
+def test_official_sit_weights_run_backwards_in_time_and_give_minus_v(tmp_path):
+    torch.manual_seed(0)
+    model, (x, t, y) = train_sit.SiT(**SMALL), inputs()
+    model.final_layer = train_sit.FinalLayer(48, 2 * 2 * 4)
+    awake(model)
+    torch.save(model.state_dict(), tmp_path / "sit.pt")
+    ours, config = train_sit.load_model(tmp_path / "sit.pt")
+    assert config["path"] == "linear" and ours.blocks[0].attn.heads == 1                          # 48 wide: no published model
+    for block in ours.blocks:
+        block.attn.heads = 3
+    torch.testing.assert_close(ours(x, t, y), -official_sit(model, x, 1 - t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_repa_checkpoints_load_with_ema_and_projector(tmp_path):
+    torch.manual_seed(0)
+    arch = {**train_sit.MODELS["SiT-S/2"], "size": 8, "channels": 4, "num_classes": 10, "feature_dim": 12, "projector_width": 32}
+    model, other = awake(train_sit.SiT(**arch)), train_sit.SiT(**arch)
+    torch.save({"model": other.state_dict(), "ema": model.state_dict(), "opt": {}, "args": argparse.Namespace(resolution=256),
+                "steps": 7}, tmp_path / "repa.pt")
+    loaded, config = train_sit.load_model(tmp_path / "repa.pt")
+    x, t, y = inputs(2, 8, 4)
+    for a, b in zip(loaded(x, t, y, features=True), model(x, t, y, features=True)):
+        assert torch.equal(a, b)
+    assert config["step"] == 7 and (train_sit.load_model(tmp_path / "repa.pt", ema=False)[0](x, t, y) == 0).all()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/fpo-evil",)
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", {"a": torch.ones(2)}, {"model": 3}, Evil(), "missing", "other shape"])
+def test_what_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, content):
+    path = tmp_path / "file.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "other shape":
+        torch.save({**train_sit.SiT(**SMALL).state_dict(), "pos_embed": torch.ones(1, 10, 48)}, path)
+    elif content != "missing":
+        torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        train_sit.load_model(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and not Path("/tmp/fpo-evil").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data, training, sampling: on a small folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """64 latents 1 x 8 x 8 with int8 feature tokens for 4 patches."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
+    np.save(folder / "latents.npy", random.randint(0, 256, (64, 1, 8, 8)).astype(np.uint8))
+    np.save(folder / "labels.npy", np.arange(64) % 10)
+    np.save(folder / "features.npy", random.randint(-127, 128, (64, 4, 8)).astype(np.int8))
+    (folder / "meta.json").write_text(json.dumps(dict(scale=1 / 74, bias=127.5, num_classes=10)))
+    return folder
+
+
+def flags(folder, out, **changes):
+    settings = dict(data=folder, out=out, steps=6, batch=8, log_every=1, sample_every=1000, save_every=1000, amp="fp32", warmup=3, **changes)
+    return [str(a) for k, v in settings.items() for a in ((f"--{k}", v) if not isinstance(v, bool) else (f"--{'' if v else 'no-'}{k}",))]
+
+
+def run(argv, program=train_sit):
+    """main(argv) in this process: its exit code, or its one line."""
+    try:
+        program.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def log_of(out):
+    return [[float(v or 0) for v in row.split(",")[:6]] for row in (Path(out) / "log.csv").read_text().splitlines()[1:]]
+
+
+def flat(state):
+    """Every tensor and number in a nested dict, in order."""
+    if isinstance(state, dict):
+        return [leaf for key in state for leaf in flat(state[key])]
+    return [leaf for item in state for leaf in flat(item)] if isinstance(state, (list, tuple)) else [state]
+
+
+def test_fonts_draw_the_same_digits_from_the_same_seed():
+    from data import font_digits
+    images, labels = font_digits.draw(50, 3)
+    assert images.shape == (50, 1, 16, 16) and images.dtype == np.uint8 and images.max() > 200 and set(labels) <= set(range(10))
+    assert (font_digits.draw(50, 3)[0] == images).all() and (font_digits.draw(50, 4)[0] != images).any()
+    assert images[:, 0, 0].mean() < 5 < images.mean()                                            # ink in the middle, on black
+
+
+def test_every_epoch_shows_every_image_once():
+    rows = np.concatenate([train_sit.rows_of(step, 12, 0, 40) for step in range(10)])
+    assert all(sorted(rows[k:k + 40]) == list(range(40)) for k in (0, 40, 80)) and (rows[:40] != rows[40:80]).any()
+
+
+def test_moments_are_sampled_and_scaled(folder, tmp_path):
+    for name in ("labels.npy", "features.npy"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    mean, std = torch.randn(64, 2, 8, 8, generator=seeded(32)), torch.rand(64, 2, 8, 8, generator=seeded(33))
+    np.save(tmp_path / "latents.npy", torch.cat([mean, std], 1).numpy())
+    (tmp_path / "meta.json").write_text(json.dumps(dict(scale=0.5, bias=0.25, num_classes=10, moments=True)))
+    data = train_sit.Latents(tmp_path)
+    noise, rows = torch.randn(4, 2, 8, 8, generator=seeded(34)), np.array([9, 2, 30, 2])
+    seen = data.see(data.batch(rows)[0], noise)
+    torch.testing.assert_close(seen, (mean[rows] + std[rows] * noise - 0.25) * 0.5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(timesteps="vr_loss", align="nt_xent"), dict(baseline=True, predict="x", path="cosine")],
+                         ids=["default", "vr_loss", "baseline"])
+def test_resume_is_exact(folder, tmp_path, changes):
+    assert run(flags(folder, tmp_path / "whole", **changes)) == 0
+    assert run(flags(folder, tmp_path / "parts", **changes) + ["--steps", 3]) == 0
+    assert run(flags(folder, tmp_path / "parts", **changes)) == 0
+    whole, parts = (torch.load(train_sit.newest_checkpoint(tmp_path / k), weights_only=True) for k in ("whole", "parts"))
+    whole.pop("config"), parts.pop("config")
+    leaves = list(zip(flat(whole), flat(parts), strict=True))
+    assert len(leaves) > 300 and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in leaves)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and len(log_of(tmp_path / "parts")) == 6
+
+
+@pytest.mark.parametrize("timesteps", train_sit.ACCEPTED["timesteps"])
+def test_all_timestep_kinds_draw_inside_the_interval(folder, timesteps):
+    for path in fpo.PATHS:
+        draw = train_sit.Timesteps(train_sit.Config(timesteps=timesteps, path=path), train_sit.Latents(folder), "cpu")
+        losses = torch.rand(500, generator=seeded(35))
+        for _ in range(3):
+            t = draw.draw(torch.cat([torch.zeros(1), torch.rand(499, generator=seeded(36))]))
+            assert t.isfinite().all() and (t >= draw.least).all() and (t <= 1).all()
+            draw.update(t, losses * t)
+    if timesteps == "vr_loss":
+        assert draw.state["pdf"][80:].mean() > 2 * draw.state["pdf"][:20].mean()                  # the loss was proportional to t
+
+
+@pytest.mark.parametrize("changes", [dict(weighting="p2", fpo="off", path="diffusion"), dict(weighting="min_snr", fpo="alignment", predict="eps"),
+                                     dict(weighting="hard_sample", fpo="off", timesteps="vr_monte_carlo", amp="bf16")], ids=["p2", "min_snr", "hard"])
+def test_other_policies_paths_and_targets_train_and_sample(folder, tmp_path, changes):
+    changes = {**changes}
+    assert run(flags(folder, tmp_path, **{k: v for k, v in changes.items() if k != "amp"}) + ["--amp", changes.get("amp", "fp32")]) == 0
+    assert all(np.isfinite(log_of(tmp_path)).flatten())
+    assert run(["--checkpoint", tmp_path, "--out", tmp_path / "s", "--count", 4, "--steps", 3], sample) == 0
+    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].std() > 0
+
+
+def launch(processes, program, argv):
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
+    return subprocess.Popen([*command, str(HERE / program), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_run_and_its_samples_do_not_depend_on_the_number_of_processes(folder, tmp_path):
+    for n in (1, 2, 4):
+        argv = flags(folder, tmp_path / str(n))
+        if n == 1:
+            assert run(argv) == 0
+        else:
+            job = launch(n, "train_sit.py", argv)
+            assert job.wait(120) == 0, job.stdout.read()
+        np.testing.assert_allclose(log_of(tmp_path / str(n)), log_of(tmp_path / "1"), rtol=2e-3)
+    argv = ["--checkpoint", tmp_path / "1", "--count", 7, "--sampler", "sde", "--steps", 4, "--guidance", 1.5]
+    assert run(argv + ["--out", tmp_path / "a"], sample) == 0
+    assert run(argv + ["--out", tmp_path / "b", "--batch", 3], sample) == 0
+    job = launch(2, "sample.py", argv + ["--out", tmp_path / "c"])
+    assert job.wait(120) == 0, job.stdout.read()
+    a, b, c = (np.load(tmp_path / k / "samples.npz", allow_pickle=False) for k in "abc")
+    for other in (b, c):
+        assert (a["labels"] == other["labels"]).all() and np.abs(a["arr_0"].astype(int) - other["arr_0"]).max() <= 1
+    settings = json.loads(str(a["settings"]))
+    assert a["arr_0"].shape == (7, 8, 8, 3) and a["arr_0"].dtype == np.uint8 and a.files[0] == "arr_0"
+    assert settings["nfe"] == 4 and settings["sampler"] == "sde" and settings["w"] == 2 and settings["step"] == 6
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_loads_and_the_run_goes_on(folder, tmp_path):
+    argv = flags(folder, tmp_path) + ["--save_every", 1, "--steps", 100_000]
+    job = launch(0, "train_sit.py", argv)
+    while train_sit.newest_checkpoint(tmp_path) is None and job.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.7)
+    job.kill()
+    job.wait()
+    step = train_sit.load_model(train_sit.newest_checkpoint(tmp_path))[1]["step"]
+    job = launch(0, "train_sit.py", argv)
+    while (newest := train_sit.newest_checkpoint(tmp_path)) is None or int(newest.stem[5:]) < step + 2:
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)                                   # saves first
+    said = job.communicate(timeout=60)[0]
+    stopped = int(train_sit.newest_checkpoint(tmp_path).stem[5:])
+    assert job.returncode == 128 + signal.SIGTERM and f"stopped at step {stopped}" in said
+    assert [int(row[0]) for row in log_of(tmp_path)] == list(range(1, stopped + 1))
+    assert run(["--checkpoint", tmp_path, "--out", tmp_path / "s", "--count", 2, "--steps", 2], sample) == 0
+
+
+def test_sampling_never_runs_the_projector(folder, tmp_path):
+    assert run(flags(folder, tmp_path)) == 0
+    model, config = train_sit.load_model(train_sit.newest_checkpoint(tmp_path))
+    model.projectors[0].register_forward_hook(lambda *_: pytest.fail("the projector ran"))
+    x, labels, nfe = sample.generate(model, config, sample.Config(steps=2, guidance=2.0, classes=(7, 1)), np.arange(3), torch.device("cpu"))
+    assert x.shape == (3, 1, 8, 8) and labels.tolist() == [7, 1, 7] and nfe == 4
+
+
+def test_frechet_distance_of_gaussians_and_precision_recall_of_known_sets():
+    a = torch.randn(200_000, 3, generator=seeded(37), dtype=torch.float64)
+    scale, shift = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([1.0, 0.0, -1.0])
+    assert abs(sample.frechet_distance(a, a * scale + shift) - (2 + 1 + 0.25)) < 0.03             # |shift|^2 + sum (1 - scale)^2
+    real = torch.randn(500, 2, generator=seeded(38))
+    assert sample.precision_recall(real, real) == (1, 1)
+    near, far = real[:250] * 0.01, real[250:] + 100
+    precision, recall = sample.precision_recall(real, torch.cat([near, far]))
+    assert precision == 0.5 and recall < 0.05
+
+
+def damaged(folder, tmp_path, what):
+    """A copy of the data folder with one thing wrong."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    meta = json.loads((folder / "meta.json").read_text())
+    if what == "no labels":
+        (tmp_path / "labels.npy").unlink()
+    elif what == "no features":
+        (tmp_path / "features.npy").unlink()
+    elif what == "label 10":
+        np.save(tmp_path / "labels.npy", np.arange(64) % 11)
+    elif what == "63 labels":
+        np.save(tmp_path / "labels.npy", np.arange(63) % 10)
+    elif what == "wrong scale":
+        (tmp_path / "meta.json").write_text(json.dumps({**meta, "scale": 1.0}))
+    elif what == "9 tokens":
+        np.save(tmp_path / "features.npy", np.ones((64, 9, 8), np.int8))
+    elif what == "pickled":
+        np.save(tmp_path / "labels.npy", np.array([None] * 64), allow_pickle=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("what, expected", [
+    ("no labels", "labels.npy"), ("no features", "features.npy"), ("label 10", "0 to 9"), ("63 labels", "63"), ("wrong scale", "scale"),
+    ("9 tokens", "9 tokens"), ("pickled", "labels.npy"), ("gone", "latents.npy")])
+def test_bad_data_is_refused_in_one_line(folder, tmp_path, what, expected):
+    data = tmp_path / "gone" if what == "gone" else damaged(folder, tmp_path, what)
+    line = run(flags(data, tmp_path / "out"))
+    assert isinstance(line, str) and expected in line and "\n" not in line
+    assert not list((tmp_path / "out").glob("step*"))
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--model", "huge"], "SiT-XL/2"), (["--path", "curly"], "cosine"), (["--timesteps", "soon"], "vr_gaussian"),
+    (["--weighting", "x"], "min_snr"), (["--r", "0"], "0 < r <= 1"), (["--tau", "0"], "tau > 0"), (["--beta", "-1"], "beta >= 0"),
+    (["--steps", "0"], "from 1"), (["--lr", "-1"], "from 0"), (["--lr", "fast"], "--lr"), (["--weighting", "p2"], "--fpo"),
+    (["--out", "/proc/nothing"], "/proc/nothing"), (["--model", "SiT-S/8"], "tokens"), (["--nonsense"], "--nonsense")])
+def test_bad_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
+    line = run(flags(folder, tmp_path / "out") + argv)
+    assert isinstance(line, str) and expected in line and "\n" not in line
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--sampler", "magic"], "dopri5"), (["--steps", "0"], "from 1"), (["--classes", "3", "10"], "0 to 9"), (["--interval", "0.7", "0.2"], "interval"),
+    (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"), (["--metrics", "--data", "/nowhere"], "/nowhere")])
+def test_bad_sampling_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
+    assert run(flags(folder, tmp_path / "run") + ["--steps", 1]) == 0
+    line = run(["--checkpoint", tmp_path / "run", "--out", tmp_path / "s", *argv], sample)
+    assert isinstance(line, str) and expected in line and "\n" not in line
+
+
+def test_a_run_with_other_flags_does_not_resume(folder, tmp_path):
+    assert run(flags(folder, tmp_path) + ["--steps", 1]) == 0
+    assert "another --out" in run(flags(folder, tmp_path) + ["--beta", 3])
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_one_process(folder, tmp_path):
+    job = launch(2, "train_sit.py", flags(folder, tmp_path) + ["--batch", 7])
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0 and said.count("must be a multiple of the 2 processes") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, tmp_path):
+    assert run(flags(folder, tmp_path)) == 0
+    line = run(flags(folder, tmp_path, lr=2e-3) + ["--steps", 20, "--save_every", 1])
+    assert line == 0
+    good = train_sit.newest_checkpoint(tmp_path)
+    state = torch.load(good, weights_only=True)
+    state["model"]["final_layer.linear.bias"].fill_(math.nan)
+    torch.save(state, good)
+    line = run(flags(folder, tmp_path) + ["--steps", 30])
+    assert "not finite at step 21" in line and str(good) in line
+    assert train_sit.newest_checkpoint(tmp_path) == good
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Costs (python -m pytest -q -s -k cost prints them)
+
+
+def seconds(function, repeat=20):
+    function()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeat // 2]
+
+
+def test_cost_of_the_method_in_a_training_step_of_the_tiny_model():
+    torch.manual_seed(0)
+    model = train_sit.SiT(16, 1, 10, **train_sit.MODELS["tiny"], feature_dim=64)
+    opt, (x, t, y) = torch.optim.AdamW(model.parameters(), fused=True), (torch.randn(128, 1, 16, 16), torch.rand(128), torch.arange(128) % 10)
+    features, cfg = torch.randint(-127, 128, (128, 16, 64), dtype=torch.int8), train_sit.Config(timesteps="vr_loss")
+    draw, parameters = train_sit.Timesteps(cfg, None, "cpu"), list(model.parameters())
+    ema, losses = [p.detach().clone() for p in parameters], torch.rand(2, 128)
+    amp = train_sit.bf16_is_faster(torch.device("cpu"))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            v, z = model(x, t, y, features=True)
+        opt.zero_grad()
+        (fpo.velocity_loss(v, x) + 0.5 * fpo.alignment_loss(z, features)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        opt.step()
+
+    def log():
+        means = torch.cat([losses.mean(1), losses.mean()[None]])
+        torch.where(means.isfinite().all(), means, means).tolist(), fpo.weight_moved(losses[0])
+
+    whole = seconds(step, 7)
+    parts = {"FPO": seconds(lambda: train_sit.sample_weights(cfg, losses, t)),
+             "timesteps": seconds(lambda: draw.update(draw.draw(t), losses[0])),
+             "EMA": seconds(lambda: torch._foreach_lerp_(ema, [p.detach() for p in parameters], 0.01)), "log": seconds(log)}
+    print(f"\nstep {1e3 * whole:.0f} ms; share of it: " + ", ".join(f"{k} {v / whole:.2%}" for k, v in parts.items()))
+    assert parts["FPO"] < 0.01 * whole and sum(parts.values()) < 0.03 * whole
+
+
+def test_cost_of_importing_is_that_of_torch():
+    def best(command):
+        return min(seconds(lambda: subprocess.run([sys.executable, *command], cwd=HERE, check=True, stdout=subprocess.DEVNULL), 2) for _ in range(2))
+
+    torch_alone, ours, help_ = best(["-c", "import torch"]), best(["-c", "import train_sit"]), best(["train_sit.py", "--help"])
+    print(f"\nimport torch {torch_alone:.2f} s; import train_sit {ours / torch_alone:.2f}x; --help {help_ / torch_alone:.2f}x")
+    assert ours < 1.3 * torch_alone and help_ < 1.3 * torch_alone
