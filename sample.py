@@ -10,8 +10,7 @@ arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
 """
 import dataclasses
 import json
-import os
-import sys
+import math
 import time
 import zipfile
 from pathlib import Path
@@ -22,8 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fpo
-from train_sit import (Latents, as_velocity, fail, image_noise, load_model, newest_checkpoint, parse_flags, start_processes,
-                       to_pixels, write_grid)
+from train_sit import Latents, as_velocity, fail, load_model, newest_checkpoint, parse_flags, start_processes, writable
 
 
 @dataclasses.dataclass
@@ -57,6 +55,30 @@ SAMPLERS = {
 }
 
 
+def image_noise(seed, rows, shape):
+    """For every row its own CPU generator and its first draw: noise (B, C, H, W), the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed * 2 ** 32 + int(row)) for row in rows]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
+
+
+def to_pixels(x, meta):
+    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray for 1 channel, else a rough look at the first three."""
+    if x.shape[1] == 1:
+        return (x / meta["scale"] + meta["bias"]).clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    return (127.5 + 51 * x[:, :3]).clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
+def write_grid(pixels, path, columns=10):
+    """uint8 (B, H, W, 3) -> one PNG, enlarged to about 48 pixels an image."""
+    import matplotlib.image
+    B, H, W, _ = pixels.shape
+    rows, zoom = math.ceil(B / columns), max(1, 48 // H)
+    sheet = np.zeros((rows * columns, H, W, 3), np.uint8)
+    sheet[:B] = pixels
+    sheet = sheet.reshape(rows, columns, H, W, 3).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3)
+    matplotlib.image.imsave(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
+
+
 def generate(model, config, cfg, rows, device):
     """The images with numbers rows (B,) as the model sees them -> x (B, C, H, W), labels (B,), NFE."""
     shape = (model.channels, model.arch["size"], model.arch["size"])
@@ -69,7 +91,7 @@ def generate(model, config, cfg, rows, device):
     v = fpo.counted(v)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, 1e-3 if config["path"] == "diffusion" else 0.0)
-    return x.cpu(), np.array(labels), v.nfe
+    return x.cpu().float(), np.array(labels), v.nfe
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -134,13 +156,7 @@ def sample(cfg):
     meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
     data = Latents(cfg.data) if cfg.metrics else None
     rank, world, device = start_processes()
-    out, start = Path(cfg.out), time.time()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f".write-{rank}").touch()
-        (out / f".write-{rank}").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from None
+    out, start = writable(cfg.out, rank), time.time()
     size, model = model.arch["size"], model.to(device)
     shapes = {"arr_0": ((cfg.count, size, size, 3), np.uint8), "x": ((cfg.count, model.channels, size, size), np.float32),
               "labels": ((cfg.count,), np.int64)}

@@ -695,7 +695,7 @@ def damaged(folder, tmp_path, what):
 
 @pytest.mark.parametrize("what, expected", [
     ("no labels", "labels.npy"), ("no features", "features.npy"), ("label 10", "0 to 9"), ("63 labels", "63"), ("wrong scale", "scale"),
-    ("9 tokens", "9 tokens"), ("pickled", "labels.npy"), ("gone", "latents.npy")])
+    ("9 tokens", "9 tokens"), ("pickled", "Python objects"), ("gone", "meta.json")])
 def test_bad_data_is_refused_in_one_line(folder, tmp_path, what, expected):
     data = tmp_path / "gone" if what == "gone" else damaged(folder, tmp_path, what)
     line = run(flags(data, tmp_path / "out"))

@@ -251,13 +251,6 @@ def as_velocity(model, predict="v", path="linear"):
 # The data: one folder, memory-mapped
 
 
-def open_array(path):
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no array that can be mapped ({error})") from None
-
-
 class Latents:
     """latents.npy (N, C or 2C, H, W), labels.npy (N,), features.npy (N, T, D) if asked for, meta.json.
 
@@ -266,27 +259,27 @@ class Latents:
     """
 
     def __init__(self, folder, features=False):
-        self.folder = folder = Path(folder)
-        for name in ["latents.npy", "labels.npy", "meta.json"] + ["features.npy"] * features:
-            if not (folder / name).is_file():
-                raise ValueError(f"data folder {folder} has no {name}" + ("; without it: --no-repa" if name == "features.npy" else ""))
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.latents, self.labels = open_array(folder / "latents.npy"), open_array(folder / "labels.npy")
-        self.features = open_array(folder / "features.npy") if features else None
-        shapes = [a.shape for a in (self.latents, self.labels, self.features) if a is not None]
-        if self.latents.ndim != 4 or self.latents.shape[2] != self.latents.shape[3] or len({s[0] for s in shapes}) != 1 or not len(self.labels):
-            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) are needed, but the shapes are {shapes}")
-        if self.labels.min() < 0 or self.labels.max() >= self.meta["num_classes"]:
-            raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, "
-                             f"but 0 to {self.meta['num_classes'] - 1} are accepted (num_classes in meta.json)")
+        self.folder, arrays = Path(folder), {"features": None}
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            for name in ["latents", "labels"] + ["features"] * features:
+                arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (features.npy is not needed with "
+                             f"--no-repa): {error}") from None
+        self.latents, self.labels, self.features = arrays["latents"], arrays["labels"], arrays["features"]
+        shapes, classes = [a.shape for a in arrays.values() if a is not None], self.meta["num_classes"]
+        if [len(s) for s in shapes][-2:] != [4, 1] or len({s[0] for s in shapes}) > 1 or shapes[-2][2] != shapes[-2][3]:
+            raise ValueError(f"data folder {folder}: (features (N, T, D),) latents (N, C, H, H), labels (N,) are needed, not {shapes}")
+        if self.labels.min() < 0 or self.labels.max() >= classes:
+            raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
+                             f"{classes - 1} are accepted (num_classes in meta.json)")
         self.moments = bool(self.meta.get("moments", False))
         self.channels, self.size = self.latents.shape[1] // (2 if self.moments else 1), self.latents.shape[2]
 
     def batch(self, rows):
         """Rows (B,) as they lie on disk: latents, labels, features or None."""
-        order = np.argsort(rows)                                                        # reads ascend on the disk
-        back = np.argsort(order)
-        take = lambda a: None if a is None else torch.from_numpy(a[rows[order]][back])
+        take = lambda a: None if a is None else torch.from_numpy(a[rows])
         return take(self.latents), take(self.labels).long(), take(self.features)
 
     def see(self, latents, noise):
@@ -304,14 +297,14 @@ class Latents:
         return self.see(self.batch(rows)[0], noise)
 
     def describe(self):
-        """Print what the model will see; raise ValueError when its deviation is far from 1."""
+        """What the model will see, in one line; ValueError when its deviation is far from 1."""
         x = self.some(2048)
-        mean, std = ([round(v, 3) for v in f(x, dim=(0, 2, 3)).tolist()] for f in (torch.mean, torch.std))
-        print(f"data: {len(self.labels)} latents {self.channels} x {self.size} x {self.size}, {self.meta['num_classes']} classes, features "
-              f"{None if self.features is None else self.features.shape[1:]}; the model sees mean {mean} deviation {std}")
         if not 0.5 < x.std() < 2:
-            raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (accepted: 0.5 to 2): wrong scale "
-                             f"{self.meta['scale']} in meta.json?")
+            raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (0.5 to 2 is accepted): is the "
+                             f"scale {self.meta['scale']} in meta.json wrong?")
+        mean, std = ([round(v, 3) for v in f(x, dim=(0, 2, 3)).tolist()] for f in (torch.mean, torch.std))
+        return (f"data: {len(self.labels)} latents {tuple(x.shape[1:])}, {self.meta['num_classes']} classes, features "
+                f"{None if self.features is None else self.features.shape[1:]}; the model sees mean {mean} deviation {std}")
 
 
 @functools.lru_cache(maxsize=2)
@@ -407,8 +400,9 @@ def arch_of(state):
     arch = dict(size=math.isqrt(state["pos_embed"].shape[1]) * patch, channels=channels, width=width, patch=patch,
                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                 num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
-    known = [m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])]
-    arch.update({k: known[0][k] for k in ("heads", "encoder_depth")} if known else dict(heads=max(1, width // 64), encoder_depth=arch["depth"] // 3))
+    unknown = dict(width=width, depth=arch["depth"], heads=max(1, width // 64), encoder_depth=arch["depth"] // 3)
+    like = next((m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])), unknown)
+    arch.update(heads=like["heads"], encoder_depth=like["encoder_depth"])
     if "projectors.0.4.weight" in state:
         arch.update(zip(("feature_dim", "projector_width"), state["projectors.0.4.weight"].shape))
     return arch, out // (patch * patch * channels)
@@ -459,30 +453,6 @@ def load_model(path, ema=True):
 # Pictures
 
 
-def image_noise(seed, rows, shape):
-    """For every row its own CPU generator and its first draw: noise (B, C, H, W), the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed * 2 ** 32 + int(row)) for row in rows]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
-
-
-def to_pixels(x, meta):
-    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray for 1 channel, else a rough look at the first three."""
-    if x.shape[1] == 1:
-        return (x / meta["scale"] + meta["bias"]).clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    return (127.5 + 51 * x[:, :3]).clamp(0, 255).round().byte().permute(0, 2, 3, 1)
-
-
-def write_grid(pixels, path, columns=10):
-    """uint8 (B, H, W, 3) -> one PNG, enlarged to about 48 pixels an image."""
-    import matplotlib.image
-    B, H, W, _ = pixels.shape
-    rows, zoom = math.ceil(B / columns), max(1, 48 // H)
-    sheet = np.zeros((rows * columns, H, W, 3), np.uint8)
-    sheet[:B] = pixels
-    sheet = sheet.reshape(rows, columns, H, W, 3).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3)
-    matplotlib.image.imsave(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
-
-
 def write_curves(log, path):
     """log.csv -> a picture of its losses."""
     import matplotlib
@@ -502,15 +472,12 @@ def write_curves(log, path):
 
 
 def write_samples(model, cfg, meta, path):
-    """A grid of samples at cfg.guidance: ten rows, a class each for the first ten classes."""
-    device = next(model.parameters()).device
-    shape = (model.channels, model.arch["size"], model.arch["size"])
+    """A grid of samples at cfg.guidance by sample.py: ten rows, one for each of the first ten classes."""
+    import sample
     rows = np.arange(10 * min(10, model.num_classes))
-    y = torch.from_numpy(rows // 10).to(device)
-    v = fpo.guided(as_velocity(model, cfg.predict, cfg.path), y, cfg.guidance, null=model.num_classes)
-    end = 1e-3 if cfg.path == "diffusion" else 0.0
-    x = fpo.heun(v, image_noise(cfg.seed, rows, shape)[0].to(device), 20, end)
-    write_grid(to_pixels(x.cpu(), meta).numpy(), path)
+    settings = sample.Config(seed=cfg.seed, guidance=cfg.guidance, steps=20, classes=tuple(rows // 10))
+    x, _, _ = sample.generate(model, dataclasses.asdict(cfg), settings, rows, next(model.parameters()).device)
+    sample.write_grid(sample.to_pixels(x, meta).numpy(), path)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -532,15 +499,15 @@ def bf16_is_faster(device):
     """Whether bf16 autocast pays: yes on CUDA that has it, no on MPS, by a short measurement on a CPU."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    def cost(dtype):
         a, b = torch.ones(2048, 160, dtype=dtype), torch.ones(160, 640, dtype=dtype)
         a @ b
         start = time.perf_counter()
         for _ in range(20):
             a @ b
-        times[dtype] = time.perf_counter() - start
-    return times[torch.bfloat16] < 0.8 * times[torch.float32]
+        return time.perf_counter() - start
+
+    return cost(torch.bfloat16) < 0.8 * cost(torch.float32)
 
 
 def gathered(x, world, dim):
@@ -566,6 +533,18 @@ def sample_weights(cfg, losses, t):
     return c
 
 
+def writable(folder, rank):
+    """The folder, made if missing; ValueError if nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".write-{rank}").touch()
+        (folder / f".write-{rank}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {folder}: {error.strerror}") from None
+    return folder
+
+
 def prepare(cfg):
     """Everything that can refuse to start, before any work: checked flags, the data, a writable folder, what to resume."""
     if cfg.baseline:
@@ -584,20 +563,14 @@ def prepare(cfg):
             dist.barrier()
         cfg.data = str(font_digits.FOLDER)
     data = Latents(cfg.data, features=cfg.repa)
-    tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
+    seen, tokens = data.describe(), (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.repa and data.features.shape[1] != tokens:
         raise ValueError(f"features.npy has {data.features.shape[1]} tokens an image, but --model {cfg.model} cuts "
                          f"{data.size} x {data.size} latents into {tokens} patches")
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.meta["num_classes"], **MODELS[cfg.model],
                 feature_dim=data.features.shape[2] if cfg.repa else None)
-    out, need = Path(cfg.out), 32 * sum(p.numel() for p in model.parameters())          # two checkpoints of 4 float32 copies
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f".write-{rank}").touch()
-        (out / f".write-{rank}").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from None
+    out, need = writable(cfg.out, rank), 32 * sum(p.numel() for p in model.parameters())    # two checkpoints, 4 float32 copies
     if shutil.disk_usage(out).free < need:
         raise ValueError(f"--out {out} has {shutil.disk_usage(out).free / 1e9:.1f} GB free, but two checkpoints take {need / 1e9:.1f} GB")
     newest = newest_checkpoint(out)
@@ -605,6 +578,12 @@ def prepare(cfg):
     for name, value in dataclasses.asdict(cfg).items():
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
             raise ValueError(f"{newest} was made with --{name} {saved['config'].get(name)}, not {value}: choose another --out")
+    if cfg.amp == "auto":
+        cfg.amp = saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"
+    if rank == 0:
+        print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
+        print(f"{device.type}, {cfg.amp}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+              f"global batch {cfg.batch} = {world} processes x {cfg.batch // world}\n{seen}")
     return rank, world, device, data, model, saved
 
 
@@ -614,13 +593,6 @@ LOG = ("step", "loss", "align", "grad_norm", "moved", "ess", "lr", "images_per_s
 def train(cfg):
     from tqdm import tqdm
     rank, world, device, data, model, saved = prepare(cfg)
-    if cfg.amp == "auto":
-        cfg.amp = saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"
-    if rank == 0:
-        print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
-        print(f"{device.type}, {cfg.amp}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-              f"global batch {cfg.batch} = {world} processes x {cfg.batch // world}")
-        data.describe()
     model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
