@@ -1,5 +1,6 @@
 """The papers' claims as tests, in their order, then the plumbing. Run: python -m pytest -q   (with -s: the measured costs)"""
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -548,6 +549,7 @@ def test_fonts_draw_the_same_digits_from_the_same_seed():
     images, labels = font_digits.draw(50, 3)
     assert images.shape == (50, 1, 16, 16) and images.dtype == np.uint8 and images.max() > 200 and set(labels) <= set(range(10))
     assert (font_digits.draw(50, 3)[0] == images).all() and (font_digits.draw(50, 4)[0] != images).any()
+    assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "34fb0e0a914c9b78"    # matplotlib 3.7 and 3.11, numpy 1.26 and 2.4
     assert images[:, 0, 0].mean() < 5 < images.mean()                                            # ink in the middle, on black
 
 
@@ -796,3 +798,13 @@ def test_cost_of_importing_is_that_of_torch():
     torch_alone, ours, help_ = best(["-c", "import torch"]), best(["-c", "import train_sit"]), best(["train_sit.py", "--help"])
     print(f"\nimport torch {torch_alone:.2f} s; import train_sit {ours / torch_alone:.2f}x; --help {help_ / torch_alone:.2f}x")
     assert ours < 1.3 * torch_alone and help_ < 1.3 * torch_alone
+
+
+def test_the_core_printed_in_the_readme_runs():
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    model = awake(train_sit.SiT(**SMALL, feature_dim=6))
+    grid = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    namespace = dict(torch=torch, fpo=fpo, B=3, grid=grid, density=torch.ones(100), model=model, x=inputs()[0], y=inputs()[2],
+                     features=torch.randn(3, 16, 6, generator=seeded(40)))
+    exec(code, namespace)
+    assert namespace["loss"].isfinite() and model.projectors[0][0].weight.grad.abs().sum() > 0

@@ -46,6 +46,7 @@ def glyphs():
     for f, face in enumerate(FACES):
         for digit in range(10):
             path = TextPath((0, 0), str(digit), size=100, prop=FontProperties(fname=str(fonts / f"{face}.ttf")))
+            path = Path2D(np.round(path.vertices * 16) / 16, path.codes)       # FreeType's versions differ by 1/64
             box = path.get_extents()
             at = points * box.height + (box.min + box.max) / 2
             inside = np.logical_xor.reduce([Path2D(p).contains_points(at) for p in path.to_polygons()])    # holes: xor
@@ -62,20 +63,19 @@ def draw(n, seed):
     shift = random.uniform(-1.5, 1.5, (n, 2))
     masks, images = glyphs(), np.empty((n, SIZE, SIZE))
     axis = (np.arange(2 * SIZE) + 0.5) / 2 - SIZE / 2                          # 2 x 2 points per pixel
+    column = lambda a: a[:, None, None]
     for part in np.array_split(np.arange(n), math.ceil(n / 1000)):
-        # pixel -> glyph: undo the shift, the rotation, the slant and the scale; rounded, since libm differs in the last bit
-        cos, sin = np.round(np.cos(angle[part]), 9), np.round(np.sin(angle[part]), 9)
-        x = (axis - shift[part, :1])[:, None, :]
-        y = (axis - shift[part, 1:])[:, :, None]
-        cos, sin, tilt, zoom = (a[:, None, None] for a in (cos, sin, slant[part], GLYPH / (2 * EXTENT) / height[part]))
-        down = (y * cos - x * sin)
-        across = (x * cos + y * sin) + tilt * down
-        column, row = across * zoom + GLYPH / 2 - 0.5, down * zoom + GLYPH / 2 - 0.5
-        j, i = np.clip(np.floor(column), 0, GLYPH - 2).astype(int), np.clip(np.floor(row), 0, GLYPH - 2).astype(int)
-        b, a = np.clip(column - j, 0, 1), np.clip(row - i, 0, 1)
-        which = masks[faces[part], labels[part]], np.arange(len(part))[:, None, None]
-        at = lambda di, dj: which[0][which[1], i + di, j + dj]                  # bilinear interpolation
-        ink = (1 - a) * ((1 - b) * at(0, 0) + b * at(0, 1)) + a * ((1 - b) * at(1, 0) + b * at(1, 1))
+        # Where each point of the image lies in the glyph: undo shift, rotation, slant, scale. Rounded: libm's last bit varies.
+        cos, sin = column(np.round(np.cos(angle[part]), 9)), column(np.round(np.sin(angle[part]), 9))
+        x, y = (axis - shift[part, :1])[:, None, :], (axis - shift[part, 1:])[:, :, None]
+        zoom, down = column(GLYPH / (2 * EXTENT) / height[part]), y * cos - x * sin
+        across = x * cos + y * sin + column(slant[part]) * down
+        across, down = (np.clip(z * zoom + GLYPH / 2 - 0.5, 0, GLYPH - 1) for z in (across, down))
+        i, j = (np.minimum(z.astype(int), GLYPH - 2) for z in (down, across))
+        a, b, k = down - i, across - j, column(np.arange(len(part)))
+        mask = masks[faces[part], labels[part]]                                # (part, GLYPH, GLYPH)
+        ink = ((1 - a) * ((1 - b) * mask[k, i, j] + b * mask[k, i, j + 1])     # bilinear interpolation
+               + a * ((1 - b) * mask[k, i + 1, j] + b * mask[k, i + 1, j + 1]))
         images[part] = ink.reshape(-1, SIZE, 2, SIZE, 2).mean((2, 4))
     return np.round(images * 255).astype(np.uint8)[:, None], labels.astype(np.int64)
 
@@ -129,6 +129,8 @@ def load_judge(folder):
 def make(folder, n=20_000, seed=0):
     """Write the whole data set into folder; all or nothing."""
     start, folder = time.time(), Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is in the way: delete it to make the data set anew")
     print(f"drawing {n} digits into {folder} ...", flush=True)
     images, labels = draw(n, seed)
     bias, scale = float(images.mean()), float(1 / images.std())
@@ -165,4 +167,7 @@ def ensure(folder=FOLDER):
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    try:
+        make(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    except ValueError as error:
+        sys.exit(f"font_digits.py: {error}")
