@@ -499,6 +499,7 @@ def bf16_is_faster(device):
     """Whether bf16 autocast pays: yes on CUDA that has it, no on MPS, by a short measurement on a CPU."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
     def cost(dtype):
         a, b = torch.ones(2048, 160, dtype=dtype), torch.ones(160, 640, dtype=dtype)
         a @ b
@@ -579,7 +580,10 @@ def prepare(cfg):
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
             raise ValueError(f"{newest} was made with --{name} {saved['config'].get(name)}, not {value}: choose another --out")
     if cfg.amp == "auto":
-        cfg.amp = saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"
+        choice = [saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"]
+        if world > 1:                                                  # a measurement: all take that of process 0
+            dist.broadcast_object_list(choice, 0)
+        cfg.amp = choice[0]
     if rank == 0:
         print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
         print(f"{device.type}, {cfg.amp}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
@@ -591,6 +595,7 @@ LOG = ("step", "loss", "align", "grad_norm", "moved", "ess", "lr", "images_per_s
 
 
 def train(cfg):
+    """The whole run; returns the exit status: 0, or 128 + the signal that stopped it."""
     from tqdm import tqdm
     rank, world, device, data, model, saved = prepare(cfg)
     model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
@@ -604,25 +609,25 @@ def train(cfg):
         timesteps.state, step = {k: v.to(device) for k, v in saved["timesteps"].items()}, saved["step"]
     if rank == 0 and cfg.timesteps.startswith("vr"):
         print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
-            *fpo.logit_normal_location(timesteps.state["t"], timesteps.state["pdf"])))
+            *fpo.logit_normal_location(timesteps.state["t"].cpu(), timesteps.state["pdf"].cpu())))
     net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     parameters, averages = list(model.parameters()), list(ema.parameters())
 
     out, shape, b = Path(cfg.out), (data.channels, data.size, data.size), cfg.batch // world
     mine, scale = slice(rank * b, (rank + 1) * b), torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)
-    reader, stop = ThreadPoolExecutor(1), []
+    reader, signals = ThreadPoolExecutor(1), []
     load = lambda step: reader.submit(lambda: data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine]))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        signal.signal(number, lambda number, frame: signals.append(number))
     if rank == 0:                                          # rows after the checkpoint will be written again
-        old = (out / "log.csv").read_text().splitlines() if step else []
+        old = (out / "log.csv").read_text().splitlines() if step and (out / "log.csv").exists() else []
         rows = [row for row in old[1:] if int(row.split(",")[0]) <= step]
         (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
-    first_bad, running, since, upcoming = torch.tensor(never, device=device), 0, time.time(), load(step)
+    first_bad, running, since, upcoming, stopping = torch.tensor(never, device=device), 0, time.time(), load(step), 0
 
-    while step < cfg.steps and not stop:
+    while step < cfg.steps and not stopping:
         latents, y, features = upcoming.result()
         upcoming = load(step + 1)
         # The whole global batch's randomness, from (seed, step); this process uses its slice.
@@ -662,11 +667,12 @@ def train(cfg):
         running = running + means
         first_bad = torch.where(means.isfinite().all(), first_bad, first_bad.clamp_max(step))
         log, save = step % cfg.log_every == 0, step % cfg.save_every == 0 or step == cfg.steps
+        stopping = max(signals, default=0)
         if world > 1:                                                                   # all stop at the same step
-            flag = torch.tensor(max(stop, default=0))
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            stop += [int(flag)] if flag > 0 else []
-        if (log or save or stop) and first_bad < never:
+            agreed = torch.tensor(stopping)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            stopping = int(agreed)
+        if (log or save or stopping) and first_bad < never:
             bar.close()
             raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is {newest_checkpoint(out)}")
         if rank > 0:
@@ -681,8 +687,8 @@ def train(cfg):
                 csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
             bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
             running, since = 0, time.time()
-        if save or stop:
-            newest = save_checkpoint(out, {
+        if save or stopping:
+            save_checkpoint(out, {
                 "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
                 "timesteps": timesteps.state, "config": dataclasses.asdict(cfg), "arch": model.arch, "meta": data.meta}, cfg.keep)
         if step % cfg.sample_every == 0 and step < cfg.steps:
@@ -691,7 +697,7 @@ def train(cfg):
 
     bar.close()
     reader.shutdown(cancel_futures=True)
-    if rank == 0 and not stop:
+    if rank == 0 and not stopping:
         write_samples(ema, cfg, data.meta, out / "samples.png")
         write_curves(out / "log.csv", out / "loss.png")
         print(f"done: {step} steps. Wrote {out}/samples.png, {out}/loss.png, {out}/log.csv and {newest_checkpoint(out)}")
@@ -699,7 +705,7 @@ def train(cfg):
         print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on from there")
     if world > 1:
         dist.destroy_process_group()
-    return 128 + stop[0] if stop else 0
+    return 128 + stopping if stopping else 0
 
 
 def main(argv=None):
