@@ -21,7 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fpo
-from train_sit import Latents, as_velocity, fail, load_model, newest_checkpoint, parse_flags, start_processes, writable
+from train_sit import (Latents, as_velocity, data_folder, fail, load_model, newest_checkpoint, parse_flags,
+                       start_processes, writable)
 
 
 @dataclasses.dataclass
@@ -47,11 +48,11 @@ class Config:
 
 ACCEPTED = dict(amp=["fp32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6), tolerance=(1e-12, 1),
                 w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
-SAMPLERS = {
-    "euler": lambda v, x, cfg, path, generators, end: fpo.euler(v, x, cfg.steps, end),
-    "heun": lambda v, x, cfg, path, generators, end: fpo.heun(v, x, cfg.steps, end),
-    "dopri5": lambda v, x, cfg, path, generators, end: fpo.dopri5(v, x, cfg.tolerance, cfg.tolerance, end),
-    "sde": lambda v, x, cfg, path, generators, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, generators, end),
+SAMPLERS = {                              # v, noise, flags, path, one generator for each image, end -> images
+    "euler": lambda v, x, cfg, path, g, end: fpo.euler(v, x, cfg.steps, end),
+    "heun": lambda v, x, cfg, path, g, end: fpo.heun(v, x, cfg.steps, end),
+    "dopri5": lambda v, x, cfg, path, g, end: fpo.dopri5(v, x, cfg.tolerance, cfg.tolerance, end),
+    "sde": lambda v, x, cfg, path, g, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, g, end),
 }
 
 
@@ -62,10 +63,9 @@ def image_noise(seed, rows, shape):
 
 
 def to_pixels(x, meta):
-    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray for 1 channel, else a rough look at the first three."""
-    if x.shape[1] == 1:
-        return (x / meta["scale"] + meta["bias"]).clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    return (127.5 + 51 * x[:, :3]).clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray if C = 1, else a rough look at three channels."""
+    x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
 
 
 def write_grid(pixels, path, columns=10):
@@ -87,10 +87,11 @@ def generate(model, config, cfg, rows, device):
     if cfg.classes:
         labels = [cfg.classes[row % len(cfg.classes)] for row in rows]
     y, path = torch.tensor(labels, device=device), fpo.PATHS[config["path"]]
-    v = fpo.guided(as_velocity(model, config["predict"], config["path"]), y, cfg.guidance, cfg.interval, model.num_classes)
-    v = fpo.counted(v)
+    v = as_velocity(model, config["predict"], config["path"])
+    v = fpo.counted(fpo.guided(v, y, cfg.guidance, cfg.interval, model.num_classes))
+    end = 1e-3 if config["path"] == "diffusion" else 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
-        x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, 1e-3 if config["path"] == "diffusion" else 0.0)
+        x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
     return x.cpu().float(), np.array(labels), v.nfe
 
 
@@ -109,10 +110,13 @@ def frechet_distance(a, b):
 
 
 def precision_recall(real, fake, k=3):
-    """Share of fake inside the manifold of real, and the reverse; a manifold is the union of the balls around its points
-    that reach their k-th neighbour (improved precision and recall, Kynkaanniemi et al.). Use equally many of both."""
+    """Share of fake inside the manifold of real, and the reverse: (N, D), (N, D) -> two numbers in [0, 1].
+
+    A manifold is the union of the balls around its points that reach their k-th neighbour (Improved Precision and
+    Recall Metric for Assessing Generative Models).
+    """
     def covered(queries, points):
-        radius = torch.cdist(points, points).kthvalue(k + 1, 1).values        # the nearest neighbour is the point itself
+        radius = torch.cdist(points, points).kthvalue(k + 1, 1).values        # the nearest is the point itself
         return (torch.cdist(queries, points) <= radius).any(1).double().mean().item()
 
     return covered(fake, real), covered(real, fake)
@@ -124,7 +128,7 @@ def measure(data, x, labels):
     if (folder / "judge.pt").exists():
         from data.font_digits import load_judge
         judge, name = load_judge(folder), "the judge's features"
-        x = (to_pixels(x, data.meta)[..., 0].float() - data.meta["bias"])[:, None] * data.meta["scale"]      # as in the file
+        x = (to_pixels(x, data.meta)[..., 0].float() - data.meta["bias"])[:, None] * data.meta["scale"]   # as written
         embed = lambda x: torch.cat([judge.embed(part) for part in x.split(1000)])
     else:
         judge, name = None, "latents averaged to 8 x 8"
@@ -136,7 +140,8 @@ def measure(data, x, labels):
               f"the same for {len(spare)} images of the data": frechet_distance(real, spare),
               f"precision (k = 3, {n} + {n} images)": precision, f"recall (k = 3, {n} + {n} images)": recall}
     if judge:
-        result["judge accuracy"] = (torch.cat([judge(part) for part in x.split(1000)]).argmax(1).numpy() == labels).mean()
+        said = torch.cat([judge(part) for part in x.split(1000)]).argmax(1)
+        result["judge accuracy"] = (said.numpy() == labels).mean()
     return {key: float(value) for key, value in result.items()}
 
 
@@ -154,12 +159,17 @@ def sample(cfg):
     if len(cfg.interval) != 2 or not 0 <= cfg.interval[0] <= cfg.interval[1] <= 1:
         raise ValueError(f"--interval {cfg.interval}: two numbers in [0, 1], the smaller first, are accepted")
     meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
-    data = Latents(cfg.data) if cfg.metrics else None
+    if cfg.metrics and cfg.count < 10:
+        raise ValueError(f"--metrics needs --count 10 or more, not {cfg.count}")
     rank, world, device = start_processes()
+    data = Latents(data_folder(cfg.data, rank, world)) if cfg.metrics else None
+    if data and (data.channels, data.size) != (model.channels, model.arch["size"]):
+        raise ValueError(f"--data {cfg.data} has {data.channels} x {data.size} x {data.size} latents, the checkpoint "
+                         f"makes {model.channels} x {model.arch['size']} x {model.arch['size']}")
     out, start = writable(cfg.out, rank), time.time()
     size, model = model.arch["size"], model.to(device)
-    shapes = {"arr_0": ((cfg.count, size, size, 3), np.uint8), "x": ((cfg.count, model.channels, size, size), np.float32),
-              "labels": ((cfg.count,), np.int64)}
+    shapes = {"arr_0": ((cfg.count, size, size, 3), np.uint8), "labels": ((cfg.count,), np.int64),
+              "x": ((cfg.count, model.channels, size, size), np.float32)}
     files = {name: out / f".{name}.npy" for name in shapes}            # on the disk, for all processes: never in memory
     if rank == 0:
         for name, (shape, dtype) in shapes.items():
@@ -172,7 +182,8 @@ def sample(cfg):
     for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
         rows = mine[k:k + cfg.batch]
         x, labels, nfe = generate(model, config, cfg, rows, device)
-        arrays["x"][rows], arrays["labels"][rows], arrays["arr_0"][rows] = x.numpy(), labels, to_pixels(x, meta).numpy()
+        arrays["x"][rows], arrays["labels"][rows] = x.numpy(), labels
+        arrays["arr_0"][rows] = to_pixels(x, meta).numpy()
     for array in arrays.values():
         array.flush()
     if world > 1:
@@ -180,14 +191,15 @@ def sample(cfg):
         dist.destroy_process_group()
     if rank > 0:
         return
-    settings = dict(dataclasses.asdict(cfg), checkpoint=str(path), step=config["step"], path=config["path"], predict=config["predict"],
-                    vae=meta.get("vae"), nfe=nfe, processes=world)
+    settings = dict(dataclasses.asdict(cfg), checkpoint=str(path), step=config["step"], path=config["path"],
+                    predict=config["predict"], vae=meta.get("vae"), nfe=nfe, processes=world)
     np.save(out / ".settings.npy", json.dumps(settings))
     with zipfile.ZipFile(out / "samples.npz", "w") as archive:         # an .npz is a zip of .npy files
         for name in ("arr_0", "labels", "settings"):
             archive.write(out / f".{name}.npy", f"{name}.npy")
     write_grid(arrays["arr_0"][:100], out / "grid.png")
-    print(f"{cfg.count} images, {nfe} evaluations, {time.time() - start:.0f} s. Wrote {out}/grid.png and {out}/samples.npz")
+    took = time.time() - start
+    print(f"{cfg.count} images, {nfe} evaluations each, {took:.0f} s. Wrote {out}/grid.png and {out}/samples.npz")
     if cfg.metrics:
         result = measure(data, torch.from_numpy(np.array(arrays["x"])), np.array(arrays["labels"]))
         for key, value in result.items():

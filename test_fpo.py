@@ -717,7 +717,8 @@ def test_bad_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
 
 @pytest.mark.parametrize("argv, expected", [
     (["--sampler", "magic"], "dopri5"), (["--steps", "0"], "from 1"), (["--classes", "3", "10"], "0 to 9"), (["--interval", "0.7", "0.2"], "interval"),
-    (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"), (["--metrics", "--data", "/nowhere"], "/nowhere")])
+    (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"), (["--metrics", "--data", "/nowhere"], "/nowhere"), (["--metrics"], "16 x 16"),
+    (["--metrics", "--count", "3"], "--count 10")])
 def test_bad_sampling_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
     assert run(flags(folder, tmp_path / "run") + ["--steps", 1]) == 0
     line = run(["--checkpoint", tmp_path / "run", "--out", tmp_path / "s", *argv], sample)

@@ -42,7 +42,7 @@ import fpo
 @dataclasses.dataclass
 class Config:
     out: str = "runs/digits"              # folder of the run; it goes on from the newest checkpoint in there
-    data: str = "data/font_digits"        # folder with latents.npy, labels.npy, meta.json; the default is drawn when missing
+    data: str = "data/font_digits"        # folder of the data set; the default is drawn if it is missing
     model: str = "tiny"                   # network
     baseline: bool = False                # plain SiT: the same as --no-repa --fpo off --timesteps uniform
     path: str = "linear"                  # interpolant
@@ -52,7 +52,7 @@ class Config:
     align: str = "cosine"                 # alignment loss
     fpo: str = "both"                     # losses that FPO reweights
     r: float = 0.8                        # FPO: share of the batch that competes for the boost
-    beta: float = 2.0                     # FPO: size of the boost; the share of weight it moves is at most beta / (batch + beta)
+    beta: float = 2.0                     # FPO: size of the boost, which is beta out of batch + beta
     tau: float = 1.0                      # FPO: temperature; not given in the paper
     fpo_align_from: float = 0.9           # FPO reweights the alignment loss only at t >= this
     weighting: str = "uniform"            # policy for the velocity loss when FPO is off there
@@ -65,7 +65,7 @@ class Config:
     lr: float = 2e-3                      # learning rate after warm-up, constant
     warmup: int = 100                     # steps of linear warm-up
     clip: float = 1.0                     # gradient norm clip
-    ema: float = 0.999                    # decay of the weight average, less in the first steps: (1 + step) / (10 + step)
+    ema: float = 0.999                    # decay of the weight average; in the first steps (1 + step) / (10 + step)
     amp: str = "auto"                     # auto: bf16 where this hardware runs it faster
     seed: int = 0                         # seed of everything
     log_every: int = 20                   # steps between rows of log.csv
@@ -75,24 +75,22 @@ class Config:
     guidance: float = 2.0                 # guidance of the pictures
 
 
-MODELS = {"tiny": dict(depth=6, width=160, heads=5, patch=4, encoder_depth=2, projector_width=256)}
+MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256)}
 for size, depth, width, heads, encoder_depth in (("S", 12, 384, 6, 4), ("B", 12, 768, 12, 4), ("L", 24, 1024, 16, 8),
                                                  ("XL", 28, 1152, 16, 8)):
     for patch in (2, 4, 8):
-        MODELS[f"SiT-{size}/{patch}"] = dict(depth=depth, width=width, heads=heads, patch=patch, encoder_depth=encoder_depth)
+        arch = dict(depth=depth, width=width, heads=heads, encoder_depth=encoder_depth, patch=patch)
+        MODELS[f"SiT-{size}/{patch}"] = arch
+SHARE, AMOUNT, COUNT = (0, 1), (0, math.inf), (1, math.inf)
 ACCEPTED = dict(                          # a list of names, or the least and the largest value
     model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent"],
     fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
     timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
-    steps=(1, math.inf), batch=(1, math.inf), log_every=(1, math.inf), sample_every=(1, math.inf), save_every=(1, math.inf),
-    keep=(1, math.inf), warmup=(0, math.inf), lr=(0, math.inf), clip=(0, math.inf), repa_weight=(0, math.inf), ema=(0, 1),
-    vr_uniform=(0, 1), label_dropout=(0, 1), fpo_align_from=(0, 1), seed=(0, 2 ** 31))
-FREE_ON_RESUME = {"out", "data", "steps", "amp", "log_every", "sample_every", "save_every", "keep", "guidance", "baseline"}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+    steps=COUNT, batch=COUNT, log_every=COUNT, sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
+    lr=AMOUNT, clip=AMOUNT, repa_weight=AMOUNT, ema=SHARE, vr_uniform=SHARE, label_dropout=SHARE, fpo_align_from=SHARE,
+    seed=(0, 2 ** 31))
+FREE_ON_RESUME = "out data steps amp log_every sample_every save_every keep guidance baseline".split()
+LOG = "step loss align grad_norm moved ess lr images_per_s".split()          # README says what they are
 
 
 def fail(message):
@@ -103,7 +101,8 @@ def fail(message):
 def parse_flags(kind, accepted, argv=None, description=None):
     """An instance of the dataclass kind from the command line: a flag for each field, its comment as the help."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(kind), re.M))
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     for field in dataclasses.fields(kind):
         name, default, range_ = field.name, field.default, accepted.get(field.name)
         options = dict(default=default, help=f"{comments[name]} (default: {default})")
@@ -129,7 +128,7 @@ def position_embedding(width, side):
     """Fixed 2D sin-cos code (side * side, width), in the official element order: the column's half, then the row's."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
-    angles = [p.reshape(-1, 1) * omega for p in (column, row)]                        # each (T, D / 4)
+    angles = [p.reshape(-1, 1) * omega for p in (column, row)]                           # each (T, D / 4)
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
 
 
@@ -150,8 +149,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, T, D/heads)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:      # the fused kernel is 6 times slower there: its backward
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # (B, heads, T, D / heads)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:        # there the fused kernel is several times slower
             out = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -166,7 +165,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -197,13 +197,14 @@ class SiT(nn.Module):
                  feature_dim=None, projector_width=2048):
         super().__init__()
         if size % patch or width % heads or width % 4:
-            raise ValueError(f"SiT: latents of {size} x {size} do not divide into patches of {patch}, or width {width} into heads")
+            raise ValueError(f"SiT: {size} x {size} latents cannot be cut into patches of {patch}, or {width} into {heads}")
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.channels, self.encoder_depth, self.num_classes = patch, channels, encoder_depth, num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})      # the last row: no class
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # last: no class
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
         P = projector_width
@@ -229,11 +230,11 @@ class SiT(nn.Module):
         B, C, H, W = x.shape
         p = self.patch
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed      # (B, T, D)
-        c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)            # (B, D)
+        c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)   # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = block(h, c)
             if features and depth == self.encoder_depth:
-                z = self.projectors[0](h)                                              # (B, T, feature_dim)
+                z = self.projectors[0](h)                                               # (B, T, feature_dim)
         out = self.final_layer(h, c).view(B, H // p, W // p, p, p, C)
         out = out.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         return (out, z) if features else out
@@ -265,12 +266,13 @@ class Latents:
             for name in ["latents", "labels"] + ["features"] * features:
                 arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (features.npy is not needed with "
-                             f"--no-repa): {error}") from None
+            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features.npy): "
+                             f"{error}") from None
         self.latents, self.labels, self.features = arrays["latents"], arrays["labels"], arrays["features"]
         shapes, classes = [a.shape for a in arrays.values() if a is not None], self.meta["num_classes"]
         if [len(s) for s in shapes][-2:] != [4, 1] or len({s[0] for s in shapes}) > 1 or shapes[-2][2] != shapes[-2][3]:
-            raise ValueError(f"data folder {folder}: (features (N, T, D),) latents (N, C, H, H), labels (N,) are needed, not {shapes}")
+            raise ValueError(f"data folder {folder}: features (N, T, D) if any, latents (N, C, H, H) and labels (N,) are "
+                             f"needed, not {shapes}")
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
                              f"{classes - 1} are accepted (num_classes in meta.json)")
@@ -293,18 +295,32 @@ class Latents:
     def some(self, n, seed=0):
         """n random images as the model sees them (fewer if there are fewer)."""
         rows = np.random.RandomState(seed).permutation(len(self.labels))[:n]
-        noise = torch.randn(len(rows), self.channels, self.size, self.size, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(rows), self.channels, self.size, self.size, generator=generator)
         return self.see(self.batch(rows)[0], noise)
 
     def describe(self):
         """What the model will see, in one line; ValueError when its deviation is far from 1."""
         x = self.some(2048)
         if not 0.5 < x.std() < 2:
-            raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (0.5 to 2 is accepted): is the "
-                             f"scale {self.meta['scale']} in meta.json wrong?")
+            raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (0.5 to 2 is "
+                             f"accepted): is the scale {self.meta['scale']} in meta.json wrong?")
         mean, std = ([round(v, 3) for v in f(x, dim=(0, 2, 3)).tolist()] for f in (torch.mean, torch.std))
-        return (f"data: {len(self.labels)} latents {tuple(x.shape[1:])}, {self.meta['num_classes']} classes, features "
-                f"{None if self.features is None else self.features.shape[1:]}; the model sees mean {mean} deviation {std}")
+        tokens = "no features" if self.features is None else f"features {self.features.shape[1:]}"
+        return (f"data: {len(self.labels)} latents {tuple(x.shape[1:])}, {self.meta['num_classes']} classes, {tokens}; "
+                f"the model sees mean {mean} deviation {std}")
+
+
+def data_folder(folder, rank, world):
+    """The folder; the embedded digits, the default, are drawn by process 0 first where they are missing."""
+    if folder != Config.data:
+        return folder
+    from data import font_digits
+    if rank == 0:
+        font_digits.ensure()
+    if world > 1:
+        dist.barrier()
+    return font_digits.FOLDER
 
 
 @functools.lru_cache(maxsize=2)
@@ -328,18 +344,19 @@ class Timesteps:
     def __init__(self, cfg, data, device):
         self.kind, self.uniform, self.mean = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean
         self.least = 1e-3 if cfg.path == "diffusion" else 0.0                  # sigma' is infinite at 0 there
-        bins = 100 if self.kind == "vr_loss" else 1000
+        bins, path = 100 if self.kind == "vr_loss" else 1000, fpo.PATHS[cfg.path]
         t = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).clamp_min(self.least)
-        pdf, path = torch.ones_like(t), fpo.PATHS[cfg.path]
-        alpha, sigma = path(t)[:2]
+        alpha, sigma, _, _ = path(t)
+        V, pdf = None, torch.ones_like(t)
         if self.kind == "vr_gaussian":
-            pdf = fpo.vr_density(fpo.gaussian_posterior_variance(data.some(8192).flatten(1), alpha / sigma), t, path, self.uniform)
+            V = fpo.gaussian_posterior_variance(data.some(8192).flatten(1), alpha / sigma)
         elif self.kind == "vr_monte_carlo":
             generator = torch.Generator().manual_seed(cfg.seed)
-            variance = fpo.posterior_variance(data.some(200, cfg.seed).flatten(1), alpha / sigma, 500, generator)
-            pdf = fpo.vr_density(variance, t, path, self.uniform)
-        self.state = {"t": t, "pdf": pdf, "loss": torch.zeros_like(t), "count": torch.zeros_like(t)}
-        self.state = {k: v.float().to(device) for k, v in self.state.items()}
+            V = fpo.posterior_variance(data.some(200, cfg.seed).flatten(1), alpha / sigma, 500, generator)
+        if V is not None:
+            pdf = fpo.vr_density(V, t, path, self.uniform)
+        state = {"t": t, "pdf": pdf, "loss": torch.zeros_like(t), "count": torch.zeros_like(t)}
+        self.state = {name: value.float().to(device) for name, value in state.items()}
 
     def draw(self, u):
         if self.kind == "uniform":
@@ -352,10 +369,11 @@ class Timesteps:
         """vr_loss: the density follows the mean loss at each t, the network's own estimate of h^2 V [VR Lemma 3.1]."""
         if self.kind != "vr_loss":
             return
-        s = self.state
-        member = F.one_hot((t * len(s["t"])).long().clamp(0, len(s["t"]) - 1), len(s["t"])).float()    # (B, bins)
+        s, bins = self.state, len(self.state["t"])
+        member = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).float()          # (B, bins)
         s["loss"], s["count"] = decay * s["loss"] + losses @ member, decay * s["count"] + member.sum(0)
-        curve = torch.where(s["count"] > 0, s["loss"] / s["count"].clamp_min(1e-9), s["loss"].sum() / s["count"].sum())
+        mean = s["loss"].sum() / s["count"].sum()
+        curve = torch.where(s["count"] > 0, s["loss"] / s["count"].clamp_min(1e-9), mean)
         s["pdf"] = (1 - self.uniform) * curve / curve.mean() + self.uniform
 
 
@@ -426,7 +444,7 @@ def from_sit(state, arch):
 
 
 def load_model(path, ema=True):
-    """(model, config) from our checkpoint, a REPA checkpoint or an official SiT state dict; model in eval mode on the CPU.
+    """(model, config) from our checkpoint, REPA's or an official SiT state dict; the model in eval mode on the CPU.
 
     config: dict with path, predict, step and the data's meta where known. The model is always in our convention, t = 0
     data and v = alpha' x + sigma' eps (as_velocity gives v from a network that outputs x or eps). ValueError otherwise.
@@ -445,7 +463,8 @@ def load_model(path, ema=True):
         model = SiT(**arch)
         model.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds another architecture than SiT ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        raise ValueError(f"{path} holds another architecture than SiT ({reason})") from None
     return model.eval().requires_grad_(False), config
 
 
@@ -461,11 +480,12 @@ def write_curves(log, path):
     rows = list(csv.DictReader(open(log)))
     if not rows:
         return
-    columns = [c for c in ("loss", "align", "grad_norm") if rows[0][c]]
+    names = {"loss": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm"}
+    columns = [name for name in names if rows[0][name]]
     figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), squeeze=False)
     for axis, column in zip(axes[0], columns):
         axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows])
-        axis.set(xlabel="step", title={"loss": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm"}[column])
+        axis.set(xlabel="step", title=names[column])
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -487,8 +507,9 @@ def write_samples(model, cfg, meta, path):
 def start_processes():
     """rank, world, device: alone, or one of torchrun's."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if device.type == "cuda":
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -521,7 +542,7 @@ def gathered(x, world, dim):
 
 
 def sample_weights(cfg, losses, t):
-    """The weight of each sample of the global batch: losses (1 or 2, B), t (B,) -> (1 or 2, B), detached, each row sums to B."""
+    """Every sample's weight: losses (1 or 2, B), t (B,) of the global batch -> (1 or 2, B), detached, rows sum to B."""
     path, c = fpo.PATHS[cfg.path], torch.ones_like(losses)
     if cfg.fpo in ("velocity", "both"):
         c[0] = fpo.fpo_gradient_weights(losses[0], cfg.r, cfg.beta, cfg.tau)
@@ -547,23 +568,16 @@ def writable(folder, rank):
 
 
 def prepare(cfg):
-    """Everything that can refuse to start, before any work: checked flags, the data, a writable folder, what to resume."""
+    """All that can refuse to start, before any work: flags, data, a writable folder, the checkpoint to resume from."""
     if cfg.baseline:
         cfg.repa, cfg.fpo, cfg.timesteps = False, "off", "uniform"
     fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
     if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
-        raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo alignment or --fpo off")
+        raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo off or alignment")
     rank, world, device = start_processes()
     if cfg.batch % world:
         raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes")
-    if cfg.data == Config.data:
-        from data import font_digits
-        if rank == 0:
-            font_digits.ensure()
-        if world > 1:
-            dist.barrier()
-        cfg.data = str(font_digits.FOLDER)
-    data = Latents(cfg.data, features=cfg.repa)
+    data = Latents(data_folder(cfg.data, rank, world), features=cfg.repa)
     seen, tokens = data.describe(), (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.repa and data.features.shape[1] != tokens:
         raise ValueError(f"features.npy has {data.features.shape[1]} tokens an image, but --model {cfg.model} cuts "
@@ -571,14 +585,16 @@ def prepare(cfg):
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.meta["num_classes"], **MODELS[cfg.model],
                 feature_dim=data.features.shape[2] if cfg.repa else None)
-    out, need = writable(cfg.out, rank), 32 * sum(p.numel() for p in model.parameters())    # two checkpoints, 4 float32 copies
-    if shutil.disk_usage(out).free < need:
-        raise ValueError(f"--out {out} has {shutil.disk_usage(out).free / 1e9:.1f} GB free, but two checkpoints take {need / 1e9:.1f} GB")
+    parameters = sum(p.numel() for p in model.parameters())
+    out, need = writable(cfg.out, rank), 32 * parameters / 1e9            # two checkpoints of 4 float32 copies, in GB
+    if (free := shutil.disk_usage(out).free / 1e9) < need:
+        raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
     newest = newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
     for name, value in dataclasses.asdict(cfg).items():
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
-            raise ValueError(f"{newest} was made with --{name} {saved['config'].get(name)}, not {value}: choose another --out")
+            was = saved["config"].get(name)
+            raise ValueError(f"{newest} was made with --{name} {was}, not {value}: choose another --out")
     if cfg.amp == "auto":
         choice = [saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"]
         if world > 1:                                                  # a measurement: all take that of process 0
@@ -586,12 +602,9 @@ def prepare(cfg):
         cfg.amp = choice[0]
     if rank == 0:
         print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
-        print(f"{device.type}, {cfg.amp}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        print(f"{device.type}, {cfg.amp}; {parameters / 1e6:.1f} M parameters; "
               f"global batch {cfg.batch} = {world} processes x {cfg.batch // world}\n{seen}")
     return rank, world, device, data, model, saved
-
-
-LOG = ("step", "loss", "align", "grad_norm", "moved", "ess", "lr", "images_per_s")
 
 
 def train(cfg):
@@ -614,7 +627,8 @@ def train(cfg):
     parameters, averages = list(model.parameters()), list(ema.parameters())
 
     out, shape, b = Path(cfg.out), (data.channels, data.size, data.size), cfg.batch // world
-    mine, scale = slice(rank * b, (rank + 1) * b), torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)
+    mine = slice(rank * b, (rank + 1) * b)
+    scale = torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)                # [REPA Eq. 9]
     reader, signals = ThreadPoolExecutor(1), []
     load = lambda step: reader.submit(lambda: data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine]))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -625,7 +639,8 @@ def train(cfg):
         (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
-    first_bad, running, since, upcoming, stopping = torch.tensor(never, device=device), 0, time.time(), load(step), 0
+    first_bad, running, since = torch.tensor(never, device=device), 0, time.time()
+    upcoming, stopping = load(step), 0
 
     while step < cfg.steps and not stopping:
         latents, y, features = upcoming.result()
@@ -651,7 +666,7 @@ def train(cfg):
         losses = torch.stack(losses)                                                    # (2, b): velocity, alignment
         everyone = gathered(losses, world, 1)                                           # (2, B)
         c = sample_weights(cfg, everyone, t)                                            # [FPO Thm. 3.3], detached
-        loss = (c[:, mine] * losses).mean(1) @ scale                                    # [REPA Eq. 9]
+        loss = (c[:, mine] * losses).mean(1) @ scale
 
         for group in opt.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
@@ -674,7 +689,8 @@ def train(cfg):
             stopping = int(agreed)
         if (log or save or stopping) and first_bad < never:
             bar.close()
-            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is {newest_checkpoint(out)}")
+            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is "
+                             f"{newest_checkpoint(out)}")
         if rank > 0:
             continue
         bar.update()
@@ -688,9 +704,9 @@ def train(cfg):
             bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
             running, since = 0, time.time()
         if save or stopping:
-            save_checkpoint(out, {
-                "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
-                "timesteps": timesteps.state, "config": dataclasses.asdict(cfg), "arch": model.arch, "meta": data.meta}, cfg.keep)
+            save_checkpoint(out, dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+                                      timesteps=timesteps.state, config=dataclasses.asdict(cfg), arch=model.arch,
+                                      meta=data.meta), cfg.keep)
         if step % cfg.sample_every == 0 and step < cfg.steps:
             write_samples(ema, cfg, data.meta, out / f"samples-{step:07d}.png")
             write_curves(out / "log.csv", out / "loss.png")
@@ -700,9 +716,9 @@ def train(cfg):
     if rank == 0 and not stopping:
         write_samples(ema, cfg, data.meta, out / "samples.png")
         write_curves(out / "log.csv", out / "loss.png")
-        print(f"done: {step} steps. Wrote {out}/samples.png, {out}/loss.png, {out}/log.csv and {newest_checkpoint(out)}")
+        print(f"done: {step} steps. Wrote samples.png, loss.png and log.csv in {out}, and {newest_checkpoint(out)}")
     elif rank == 0:
-        print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on from there")
+        print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on")
     if world > 1:
         dist.destroy_process_group()
     return 128 + stopping if stopping else 0

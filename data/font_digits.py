@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parent / "font_digits"
 FACES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
-         "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
-         "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-         "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10"]
+         "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif",
+         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol",
+         "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10"]
 SIZE = 16                                   # pixels of an image
 GLYPH, EXTENT = 64, 0.75                    # a glyph of height 1, centred, on 64 x 64 pixels that cover [-0.75, 0.75]
 
@@ -49,13 +49,13 @@ def glyphs():
             path = Path2D(np.round(path.vertices * 16) / 16, path.codes)       # FreeType's versions differ by 1/64
             box = path.get_extents()
             at = points * box.height + (box.min + box.max) / 2
-            inside = np.logical_xor.reduce([Path2D(p).contains_points(at) for p in path.to_polygons()])    # holes: xor
+            inside = np.logical_xor.reduce([Path2D(p).contains_points(at) for p in path.to_polygons()])   # holes: xor
             out[f, digit] = inside.reshape(GLYPH, 2, GLYPH, 2).mean((1, 3))
     return out
 
 
 def draw(n, seed):
-    """n digits with seed -> images (n, 1, 16, 16) uint8, labels (n,) int64. Plain float64 arithmetic, no library noise."""
+    """n digits with seed -> images (n, 1, 16, 16) uint8, labels (n,) int64."""
     random = np.random.RandomState(seed)                                       # its stream is frozen for ever
     labels, faces = random.randint(0, 10, n), random.randint(0, len(FACES), n)
     height = random.uniform(9, 13, n)                                          # pixels
@@ -65,7 +65,7 @@ def draw(n, seed):
     axis = (np.arange(2 * SIZE) + 0.5) / 2 - SIZE / 2                          # 2 x 2 points per pixel
     column = lambda a: a[:, None, None]
     for part in np.array_split(np.arange(n), math.ceil(n / 1000)):
-        # Where each point of the image lies in the glyph: undo shift, rotation, slant, scale. Rounded: libm's last bit varies.
+        # Where each point of the image lies in the glyph: undo shift, rotation, slant, scale. Rounded: libm's differ.
         cos, sin = column(np.round(np.cos(angle[part]), 9)), column(np.round(np.sin(angle[part]), 9))
         x, y = (axis - shift[part, :1])[:, None, :], (axis - shift[part, 1:])[:, :, None]
         zoom, down = column(GLYPH / (2 * EXTENT) / height[part]), y * cos - x * sin
@@ -156,7 +156,7 @@ def make(folder, n=20_000, seed=0):
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    print(f"made {folder} in {time.time() - start:.0f} s; the judge reads {accuracy:.1%} of 2000 unseen digits right", flush=True)
+    print(f"made {folder} in {time.time() - start:.0f} s; the judge reads {accuracy:.1%} of 2000 unseen digits right")
 
 
 def ensure(folder=FOLDER):
