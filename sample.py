@@ -1,4 +1,4 @@
-"""Checkpoint in; a picture grid, an .npz for the ADM evaluator and, with --metrics, measurements out.
+r"""Checkpoint in; a picture grid, an .npz for the ADM evaluator and, with --metrics, measurements out.
 
     python sample.py                                             # 100 digits from runs/digits
     python sample.py --count 1000 --guidance 2 --metrics

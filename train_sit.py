@@ -1,4 +1,4 @@
-"""Train a SiT by flow matching with representation alignment (REPA), Fisher Policy Optimization (FPO) and VR-sampling.
+r"""Train a SiT by flow matching with representation alignment (REPA), Fisher Policy Optimization (FPO) and VR-sampling.
 
     python train_sit.py                                     # the embedded digits: minutes on two CPU cores
     python train_sit.py --baseline --out runs/plain         # a plain SiT: no REPA, no FPO, uniform timesteps
@@ -197,7 +197,7 @@ class SiT(nn.Module):
                  feature_dim=None, projector_width=2048):
         super().__init__()
         if size % patch or width % heads or width % 4:
-            raise ValueError(f"SiT: {size} x {size} latents cannot be cut into patches of {patch}, or {width} into {heads}")
+            raise ValueError(f"SiT: {size} x {size} latents do not cut into patches of {patch} or {width} into {heads}")
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.channels, self.encoder_depth, self.num_classes = patch, channels, encoder_depth, num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
@@ -266,12 +266,12 @@ class Latents:
             for name in ["latents", "labels"] + ["features"] * features:
                 arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features.npy): "
+            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features): "
                              f"{error}") from None
         self.latents, self.labels, self.features = arrays["latents"], arrays["labels"], arrays["features"]
         shapes, classes = [a.shape for a in arrays.values() if a is not None], self.meta["num_classes"]
         if [len(s) for s in shapes][-2:] != [4, 1] or len({s[0] for s in shapes}) > 1 or shapes[-2][2] != shapes[-2][3]:
-            raise ValueError(f"data folder {folder}: features (N, T, D) if any, latents (N, C, H, H) and labels (N,) are "
+            raise ValueError(f"data folder {folder}: features (N, T, D) if any, latents (N, C, H, H), labels (N,) are "
                              f"needed, not {shapes}")
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
