@@ -160,7 +160,7 @@ def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
     fpo_check(r, 0, tau)
     if mask is None:
         mask = torch.ones_like(losses, dtype=torch.bool)
-    M = (r * mask.sum() + 1e-3).floor().clamp_min(1)        # 1e-3: 0.29 * 100 must give 29
+    M = (r * mask.sum() + 1e-3).floor().clamp_min(1)        # 1e-3: 0.53 * 100 must give 53
     fixed = losses.detach().masked_fill(~mask, -math.inf)
     rank = fixed.argsort(descending=True, stable=True).argsort()
     outside = ~mask | (rank >= M)

@@ -135,7 +135,7 @@ def test_weights_follow_equations_18_to_20_by_hand():
     torch.testing.assert_close(w, torch.tensor([1 + 2 * (1 - p), 1, 1, 1, 1 + 2 * p]) * 5 / 7)
 
 
-@pytest.mark.parametrize("r, n, top", [(0.29, 100, 29), (0.8, 128, 102), (1.0, 7, 7), (0.01, 5, 1), (0.7, 10, 7)])
+@pytest.mark.parametrize("r, n, top", [(0.29, 100, 29), (0.53, 100, 53), (0.8, 128, 102), (1.0, 7, 7), (0.01, 5, 1), (0.7, 10, 7)])
 def test_the_boosted_set_has_floor_r_n_members_and_at_least_one(r, n, top):
     assert (fpo.fpo_policy(some_losses(n), r) > 0).sum() == top
     assert (fpo.fpo_policy(torch.ones(n), r) > 0).sum() == top                                   # ties too
