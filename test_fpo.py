@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import fpo
 import sample
+import toy2d
 import train_sit
 
 HERE = Path(__file__).resolve().parent
@@ -188,6 +189,18 @@ def test_hard_sample_weights_are_fpo_at_infinite_temperature_and_static_policies
     snr = (torch.cos(math.pi / 2 * t) / torch.sin(math.pi / 2 * t).clamp_min(1e-9)) ** 2
     known = torch.minimum(snr, torch.full_like(snr, 5.0)) / (snr + 1)            # min-SNR for v-prediction, as published
     torch.testing.assert_close(fpo.min_snr_weights(t, fpo.cosine), known * 40 / known.sum())
+
+
+@paths
+def test_p2_and_min_snr_weigh_the_velocity_loss_as_they_do_the_loss_in_eps(path):
+    """Oracle: the same error of the network, once in v and once, converted, in eps, where both are published."""
+    t = torch.linspace(0.05, 0.95, 40, dtype=torch.float64)
+    x_t, v, error = torch.randn(3, 40, 2, generator=seeded(41), dtype=torch.float64)
+    eps_error = fpo.eps_from_velocity(v + error, x_t, t, path) - fpo.eps_from_velocity(v, x_t, t, path)
+    snr = (path(t)[0] / path(t)[1]) ** 2
+    for w, published in ((fpo.p2_weights(t, path, 2.0, 0.5), (2 + snr) ** -0.5), (fpo.min_snr_weights(t, path), snr.clamp_max(5) / snr)):
+        ratio = w * error.square().sum(1) / (published * eps_error.square().sum(1))
+        torch.testing.assert_close(ratio, ratio.mean().expand(40))
 
 
 @pytest.mark.parametrize("bad", [dict(r=0.0), dict(r=1.1), dict(r=math.nan), dict(beta=-1.0), dict(tau=0.0), dict(tau=-1.0)])
@@ -390,6 +403,114 @@ def test_function_needs_only_torch_and_the_neighbours_its_docstring_names(name):
     namespace = dict(torch=torch, math=math, F=F, **{n: getattr(fpo, n) for n in set(needs) | default})
     exec(inspect.getsource(function), namespace)
     assert callable(namespace[name])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# toy2d.py: the oracles and measures on which its figures rest
+
+
+DATA_2D = toy2d.data_sets()
+
+
+def test_the_fisher_trace_is_e_J_JT_e():
+    """[FPO Eq. 9] by the Jacobian of the network, a second derivation; with L = |e|^2 / 2 the constant M_F is 1."""
+    params = toy2d.new_nets([3, 4])
+    g = seeded(0)
+    x_t, v, t = torch.randn(2, 5, 2, generator=g), torch.randn(2, 5, 2, generator=g), torch.rand(2, 5, generator=g)
+    losses, traces = toy2d.fisher_traces(params, x_t, v, t)
+    for s in range(2):
+        for i in range(5):
+            J = torch.autograd.functional.jacobian(
+                lambda *p: toy2d.forward(p, x_t[s:s + 1, i:i + 1], t[s:s + 1, i:i + 1])[0, 0],
+                tuple(p[s:s + 1] for p in params))
+            J = torch.cat([j.reshape(2, -1) for j in J], 1)
+            e = toy2d.forward([p[s:s + 1] for p in params], x_t[s:s + 1, i:i + 1], t[s:s + 1, i:i + 1])[0, 0] - v[s, i]
+            torch.testing.assert_close(traces[s, i], e @ J @ J.T @ e, rtol=1e-4, atol=0)
+            torch.testing.assert_close(losses[s, i], e @ e / 2)
+
+
+def test_training_all_seeds_at_once_is_training_each_alone():
+    policy = toy2d.fpo_of(64.0)                                  # ranks within a seed's batch: the seeds must not mix
+    together = next(toy2d.train(DATA_2D["two moons"], [5, 6, 7], 12, *policy))
+    for k, seed in enumerate((5, 6, 7)):
+        alone = next(toy2d.train(DATA_2D["two moons"], [seed], 12, *policy))
+        for a, b in zip(alone, together):
+            torch.testing.assert_close(a[0], b[k], rtol=1e-3, atol=1e-4)
+
+
+@paths
+def test_the_exact_velocity_is_the_mean_of_v_given_x_t(path):
+    """Oracle: self-normalised importance weights over samples, which knows nothing of the mixture's formulas."""
+    data, g = DATA_2D["spiral"], seeded(0)
+    x, t = data.sample(400_000, g).double(), torch.tensor(0.5, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = path(t)
+    for x_t in torch.tensor([[0.3, -0.5], [-0.8, 0.6]], dtype=torch.float64):
+        eps = (x_t - alpha * x) / sigma
+        w = torch.softmax(-eps.square().sum(1) / 2, 0)
+        expected = w @ (d_alpha * x + d_sigma * eps)
+        torch.testing.assert_close(data.velocity(x_t[None], t[None], path)[0], expected, rtol=0, atol=0.05)
+
+
+@paths
+def test_the_irreducible_loss_by_quadrature_is_that_of_samples(path):
+    data, g, n = DATA_2D["8 Gaussians"], seeded(0), 100_000
+    for t in (0.1, 0.4, 0.8):
+        t = torch.tensor([t])
+        x_t, v = fpo.interpolate(data.sample(n, g), torch.randn(n, 2, generator=g), t.expand(n), path)
+        measured = fpo.velocity_loss(data.velocity(x_t, t.expand(n), path), v).mean().double()
+        alpha, sigma, d_alpha, d_sigma = path(t.double())
+        h = (d_alpha * sigma - alpha * d_sigma) / sigma
+        torch.testing.assert_close((h ** 2 * data.variance(t, path))[0], measured, rtol=0.02, atol=0)
+
+
+def test_random_sets_of_a_fraction_q_overlap_by_q_and_equal_ones_by_1():
+    g = seeded(0)
+    a, b = torch.randn(200, 1000, generator=g), torch.randn(200, 1000, generator=g)
+    for q in toy2d.FRACTIONS:
+        assert abs(toy2d.overlap(a, b, q).mean() - q) < 0.01
+        assert toy2d.overlap(a, 3 * a + 1, q).min() == 1
+
+
+def test_weights_1_over_pi_undo_the_density_of_t():
+    V = DATA_2D["8 Gaussians"].variance(toy2d.GRID, points=61)
+    timesteps, weights = toy2d.vr(V, reweight=True)
+    t = timesteps((torch.arange(100_000) + 0.5)[None] / 100_000)
+    assert abs((weights(None, t) * torch.sin(3 * t)).mean() - (1 - math.cos(3)) / 3) < 2e-3    # integral of sin 3t
+
+
+def test_distances_see_a_shift_as_large_as_it_is():
+    g = seeded(0)
+    y = torch.randn(2000, 2, generator=g)
+    x = torch.stack([y, y + torch.tensor([0.3, 0.0])])
+    near, far = toy2d.sliced_wasserstein(x, y)
+    assert near < 1e-5 and abs(far - 0.3 * 2 / math.pi) < 2e-3                     # mean of |0.3 cos| over directions
+    near, far = toy2d.energy_distance(x, y, torch.cdist(y, y).mean())
+    assert near < 1e-2 < far
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("lottery", "known: fisher, variance, race, samplers"), ("--seeds 2", "--seeds at least 4"),
+    ("--steps many", "invalid int"), ("race --out /dev/null/x", "Not a directory")])
+def test_a_bad_toy2d_argument_is_answered_in_one_line(arguments, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy2d.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        toy2d.main()
+    assert says in end.value.code and "\n" not in end.value.code
+
+
+def test_at_the_exact_velocity_fpo_still_pulls_towards_the_rare_blob_and_uniform_does_not():
+    """E[c (v - v*) | x_t] would be 0 at FPO's minimiser if that were v*; no network is involved. Blobs of 80 % and 20 %."""
+    data, g = toy2d.Mixture([[0.0, 0.0], [1.0, 0.0]], 0.15, [0.8, 0.2]), seeded(0)
+    x, eps, t = data.sample(400_000, g), torch.randn(400_000, 2, generator=g), torch.full((400_000,), 0.7)
+    x_t, v = fpo.interpolate(x, eps, t)
+    pull = v - data.velocity(x_t, t)
+    between = (x_t[:, 0].abs() < 0.5)
+    means = {}
+    for name, (_, weights) in {"uniform": (None, toy2d.ONES), "FPO": toy2d.fpo_of(2)}.items():
+        c = weights(pull.square().mean(1).view(-1, toy2d.N), None).flatten()        # batches of N, ranked each by itself
+        z = (c * pull[:, 0])[between]
+        means[name] = z.mean() / (z.std() / len(z) ** 0.5)                         # in standard errors
+    assert abs(means["uniform"]) < 3 and means["FPO"] < -8                         # v = eps - x: x is pulled to the right
 
 
 # ------------------------------------------------------------------------------------------------------------------
