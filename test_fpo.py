@@ -809,6 +809,8 @@ def damaged(folder, tmp_path, what):
         np.save(tmp_path / "labels.npy", np.arange(63) % 10)
     elif what == "wrong scale":
         (tmp_path / "meta.json").write_text(json.dumps({**meta, "scale": 1.0}))
+    elif what == "no scale":
+        (tmp_path / "meta.json").write_text(json.dumps({"num_classes": 10}))
     elif what == "9 tokens":
         np.save(tmp_path / "features.npy", np.ones((64, 9, 8), np.int8))
     elif what == "pickled":
@@ -818,7 +820,7 @@ def damaged(folder, tmp_path, what):
 
 @pytest.mark.parametrize("what, expected", [
     ("no labels", "labels.npy"), ("no features", "features.npy"), ("label 10", "0 to 9"), ("63 labels", "63"), ("wrong scale", "scale"),
-    ("9 tokens", "9 tokens"), ("pickled", "Python objects"), ("gone", "meta.json")])
+    ("9 tokens", "9 tokens"), ("pickled", "Python objects"), ("no scale", "'scale'"), ("gone", "meta.json")])
 def test_bad_data_is_refused_in_one_line(folder, tmp_path, what, expected):
     data = tmp_path / "gone" if what == "gone" else damaged(folder, tmp_path, what)
     line = run(flags(data, tmp_path / "out"))

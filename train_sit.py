@@ -75,12 +75,10 @@ class Config:
     guidance: float = 2.0                 # guidance of the pictures
 
 
+SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
 MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256)}
-for size, depth, width, heads, encoder_depth in (("S", 12, 384, 6, 4), ("B", 12, 768, 12, 4), ("L", 24, 1024, 16, 8),
-                                                 ("XL", 28, 1152, 16, 8)):
-    for patch in (2, 4, 8):
-        arch = dict(depth=depth, width=width, heads=heads, encoder_depth=encoder_depth, patch=patch)
-        MODELS[f"SiT-{size}/{patch}"] = arch
+MODELS |= {f"SiT-{size}/{patch}": dict(zip(("depth", "width", "heads", "encoder_depth"), SIZES[size]), patch=patch)
+           for size in SIZES for patch in (2, 4, 8)}
 SHARE, AMOUNT, COUNT = (0, 1), (0, math.inf), (1, math.inf)
 ACCEPTED = dict(                          # a list of names, or the least and the largest value
     model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent"],
@@ -260,18 +258,20 @@ class Latents:
     """
 
     def __init__(self, folder, features=False):
-        self.folder, arrays = Path(folder), {"features": None}
+        self.folder, arrays = Path(folder), {}
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
+            classes, _, _ = (self.meta[key] for key in ("num_classes", "scale", "bias"))
             for name in ["latents", "labels"] + ["features"] * features:
                 arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features): "
-                             f"{error}") from None
-        self.latents, self.labels, self.features = arrays["latents"], arrays["labels"], arrays["features"]
-        shapes, classes = [a.shape for a in arrays.values() if a is not None], self.meta["num_classes"]
-        if [len(s) for s in shapes][-2:] != [4, 1] or len({s[0] for s in shapes}) > 1 or shapes[-2][2] != shapes[-2][3]:
-            raise ValueError(f"data folder {folder}: features (N, T, D) if any, latents (N, C, H, H), labels (N,) are "
+                             f"{type(error).__name__} {error}") from None
+        self.latents, self.labels, self.features = (arrays.get(name) for name in ("latents", "labels", "features"))
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if (any(len(shape) != dict(latents=4, labels=1, features=3)[name] for name, shape in shapes.items())
+                or len({shape[0] for shape in shapes.values()}) > 1 or shapes["latents"][2] != shapes["latents"][3]):
+            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,) and, if any, features (N, T, D) are "
                              f"needed, not {shapes}")
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
