@@ -853,6 +853,12 @@ def test_a_run_with_other_flags_does_not_resume(folder, tmp_path):
     assert "another --out" in run(flags(folder, tmp_path) + ["--beta", 3])
 
 
+def test_a_run_does_not_resume_from_another_architecture_or_a_foreign_file(folder, tmp_path):
+    for content in ({"model": {}}, {"config": {}, "arch": {"depth": 3}}, torch.ones(2)):
+        torch.save(content, tmp_path / "step-0000001.pt")
+        assert "another --out" in run(flags(folder, tmp_path))
+
+
 def test_a_batch_that_does_not_divide_is_refused_by_one_process(folder, tmp_path):
     job = launch(2, "train_sit.py", flags(folder, tmp_path) + ["--batch", 7])
     said = job.communicate(timeout=60)[0]

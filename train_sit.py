@@ -271,7 +271,7 @@ class Latents:
         shapes = {name: array.shape for name, array in arrays.items()}
         if (any(len(shape) != dict(latents=4, labels=1, features=3)[name] for name, shape in shapes.items())
                 or len({shape[0] for shape in shapes.values()}) > 1 or shapes["latents"][2] != shapes["latents"][3]):
-            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,) and, if any, features (N, T, D) are "
+            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) if any are "
                              f"needed, not {shapes}")
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
@@ -390,7 +390,7 @@ def save_checkpoint(folder, state, keep):
         f.flush()
         os.fsync(f.fileno())
     os.replace(draft, path)
-    for old in sorted(Path(folder).glob("step-*.pt"))[:-keep]:
+    for old in (*sorted(Path(folder).glob("step-*.pt"))[:-keep], *Path(folder).glob("step-*.tmp")):
         old.unlink()
     return path
 
@@ -591,6 +591,8 @@ def prepare(cfg):
         raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
     newest = newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
+    if saved and (not isinstance(saved, dict) or saved.get("arch") != model.arch):
+        raise ValueError(f"{newest} is no checkpoint of this architecture on this data: choose another --out")
     for name, value in dataclasses.asdict(cfg).items():
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
             was = saved["config"].get(name)
@@ -716,7 +718,7 @@ def train(cfg):
     if rank == 0 and not stopping:
         write_samples(ema, cfg, data.meta, out / "samples.png")
         write_curves(out / "log.csv", out / "loss.png")
-        print(f"done: {step} steps. Wrote samples.png, loss.png and log.csv in {out}, and {newest_checkpoint(out)}")
+        print(f"done: {step} steps. In {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     elif rank == 0:
         print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on")
     if world > 1:
