@@ -2,33 +2,34 @@
 
     python toy2d.py                     # all four experiments, one figure each in assets/
     python toy2d.py race --full         # one of them with all data sets and methods: README's table
-    python toy2d.py --speed             # what 16 seeds at once cost
 
-Every data set is a Gaussian mixture, so its density at every t, E[v | x_t] and the irreducible loss are closed forms.
-Every training runs S seeds at once: weights (S, in, out), one batched product for all. All methods see the same seeds
-(initialisation, data, eps and u), so every comparison is paired.
-
+Every data set is a Gaussian mixture, so the density of x_t, E[v | x_t] and the irreducible loss are known. Every
+training runs S seeds at once, and all methods see the same seeds (initialisation, data, eps and u): paired comparisons.
 Papers are named as in fpo.py. Letters: S seeds, N batch, T timesteps, K mixture components, n samples.
 """
 import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fpo
 
 N, WIDTH, RATE, EMA = 128, 64, 5e-3, 0.99          # batch; hidden width, learning rate and averaging of the networks
+matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "figure.titlesize": 9,
+                            "axes.spines.top": False, "axes.spines.right": False})
 GRID = torch.linspace(1e-3, 0.999, 100, dtype=torch.float64)           # of t; at 0 the diffusion path's v is infinite
 SAME, ONES = (lambda u: u), (lambda losses, t: torch.ones_like(losses))  # uniform: t = u and all weights 1
 
+
 # ---- Data with exact answers -----------------------------------------------------------------------------------------
-
-
 class Mixture:
     """sum_k w_k N(c_k, s^2 I) in 2D, centred and scaled to unit mean square: centres (K, 2), s, w (K,)."""
 
@@ -92,8 +93,6 @@ def data_sets():
 
 
 # ---- S networks at once, and their training --------------------------------------------------------------------------
-
-
 def new_nets(seeds):
     """[W (S, in, out), b (S, 1, out), ...]: for every seed an MLP with three hidden layers, He's initialisation."""
     sizes, nets = [18, WIDTH, WIDTH, WIDTH, 2], []
@@ -117,10 +116,10 @@ def batches(data, seeds, steps, n=N, block=50):
     """Yields x, eps (S, n, 2) and u (S, n), uniform in [0, 1). A seed's stream depends on nothing but the seed."""
     generators = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
     for k in range(steps):
-        if k % block == 0:
-            x = torch.stack([data.sample(block * n, g) for g in generators]).view(-1, block, n, 2)
-            eps = torch.stack([torch.randn(block, n, 2, generator=g) for g in generators])
-            u = torch.stack([torch.rand(block, n, generator=g) for g in generators])
+        if k % block == 0:                                                         # few large draws are faster
+            draws = [(data.sample(block * n, g), torch.randn(block * n, 2, generator=g),
+                      torch.rand(block * n, generator=g)) for g in generators]
+            x, eps, u = (torch.stack(d).unflatten(1, (block, n)) for d in zip(*draws))
         yield x[:, k % block], eps[:, k % block], u[:, k % block]
 
 
@@ -154,26 +153,11 @@ def speed():
     for S in (1, 16, 1, 16):                                                       # the first of each warms up
         start = time.perf_counter()
         next(train(data_sets()["8 Gaussians"], range(S), 500, name=f"{S} seeds"))
-        took[S] = (time.perf_counter() - start) * 1000 / 500
+        took[S] = (time.perf_counter() - start) * 2                                # ms, of 500 steps
     print(f"1 seed: {took[1]:.2f} ms a step; 16 at once: {took[16]:.2f} ms, {took[16] / took[1]:.1f} times as long")
 
 
-# ---- Measures and figures --------------------------------------------------------------------------------------------
-
-
-def interval(a):
-    """Mean over seeds and half of its 95 % interval (Student's t, expanded in 1 / nu): a (S, ...) -> two (...)."""
-    nu, z = len(a) - 1, 1.96
-    quantile = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
-    return a.mean(0), quantile * a.std(0) / len(a) ** 0.5
-
-
-def paired_ratio(a, b):
-    """Geometric mean over seeds of a / b, lower and upper end of its 95 % interval: a, b (S, ...) -> three (...)."""
-    mean, half = interval((a / b).log())
-    return mean.exp(), (mean - half).exp(), (mean + half).exp()
-
-
+# ---- Measures, tables and figures ------------------------------------------------------------------------------------
 def sliced_wasserstein(x, y, directions=32):
     """Mean over directions of the 1D Wasserstein-1 distance: x (S, n, 2), y (m, 2), m a multiple of n -> (S,)."""
     angle = math.pi * torch.arange(directions) / directions
@@ -194,16 +178,11 @@ def noise(n, seeds):
     return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
 
 
-def generate(params, z):
-    """Samples of every network by Heun's method from the noise z (S, n, 2)."""
-    return fpo.heun(lambda x, t: forward(params, x, t[:, None].expand(x.shape[:2])), z, 16)
-
-
 def judge(data, seeds, n=1024):
-    """A function, parameters -> (samples, MEASURES (S, 3)), and the floor (S, 2): what the exact velocity gets.
+    """A function that maps a velocity v(x, t), x (S, n, 2) and t (S, n), to its samples by Heun and MEASURES (S, 3).
 
-    Distances are to the exact flow of other noise. Squared velocity error: E |v_theta - E[v | x_t]|^2 / 2 over uniform
-    t, which is the loss minus the irreducible loss.
+    Distances are to the exact flow of other noise. Squared velocity error: E |v - E[v | x_t]|^2 / 2 over uniform t,
+    which is the loss minus the irreducible loss.
     """
     g, z = torch.Generator().manual_seed(1), noise(n, [1 + seed for seed in seeds])
     y = fpo.heun(data.velocity, noise(4 * n, [0])[0], 100)
@@ -212,40 +191,56 @@ def judge(data, seeds, n=1024):
     exact = data.velocity(x_t, t)
 
     @torch.no_grad()
-    def measure(params):
-        x, v = generate(params, z), forward(params, x_t.expand(len(seeds), -1, 2), t.expand(len(seeds), -1))
-        error = (v - exact).square().mean((1, 2))
+    def measure(v):
+        x = fpo.heun(lambda x, t: v(x, t[:, None].expand(x.shape[:2])), z, 16)
+        error = (v(x_t.expand(len(seeds), -1, 2), t.expand(len(seeds), -1)) - exact).square().mean((1, 2))
         return x, torch.stack([sliced_wasserstein(x, y), energy_distance(x, y, within_y), error], 1)
 
-    x = fpo.heun(data.velocity, z, 16)
-    return measure, torch.stack([sliced_wasserstein(x, y), energy_distance(x, y, within_y)], 1)
+    return measure
 
 
-def figure(height):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "figure.titlesize": 9,
-                         "axes.spines.top": False, "axes.spines.right": False})
-    return plt.figure(figsize=(9, height), dpi=110, layout="constrained")
+def interval(a):
+    """Mean over seeds, low and high end of its 95 % interval (Student's t, expanded in 1 / nu): (S, ...) -> (...)."""
+    nu, z = len(a) - 1, 1.96
+    quantile = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
+    mean, half = a.mean(0), quantile * a.std(0) / len(a) ** 0.5
+    return mean, mean - half, mean + half
 
 
-def band(ax, x, mean, low, high, **style):
-    ax.plot(x, mean, **style)
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
+def paired_ratio(a, b):
+    """Geometric mean over seeds of a / b, lower and upper end of its 95 % interval: a, b (S, ...) -> three (...)."""
+    return [z.exp() for z in interval((a / b).log())]
+
+
+def plus_minus(a, digits=2):
+    mean, _, high = interval(a)
+    return f"{mean:.{digits}f} +-{high - mean:.{digits}f}"
+
+
+def print_table(rows):
+    """Lists of texts, the first a label: every column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for label, *cells in rows:
+        print(label.ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(cells, widths[1:])))
+
+
+def draw(ax, x, curves, chance, **settings):
+    """Curves label -> (mean, low, high) with bands, dotted lines at chance (one, or one each), settings for ax.set."""
+    for k, (label, (mean, low, high)) in enumerate(curves.items()):
+        ax.plot(x, mean, color=f"C{k}", label=label)
+        ax.fill_between(x, low, high, color=f"C{k}", alpha=0.2, lw=0)
+    for k, y in enumerate(chance):
+        ax.axhline(y, color=f"C{k}" if len(chance) > 1 else "k", ls=":", lw=1)
+    ax.set(**{"xlabel": "training step", **settings})
 
 
 def save(fig, args, name, title):
-    from PIL import Image                                                          # comes with matplotlib
-    file = args.out / f"toy2d_{name}.png"
     fig.suptitle(title, weight="bold")
-    fig.savefig(file)
-    Image.open(file).convert("RGB").quantize(256, kmeans=3).save(file, optimize=True)        # a third of the size
-    print(f"\n{title}\n-> {file}")
+    fig.savefig(args.out / f"toy2d_{name}.png")
+    print(f"\n{title}\n-> {args.out / f'toy2d_{name}.png'}")
 
 
 # ---- 1. fisher -------------------------------------------------------------------------------------------------------
-
 FRACTIONS = (0.1, 0.2, 0.5, 0.8)
 WAYS = ("random t", "shared t", "random t, mean at each t taken out")
 
@@ -255,11 +250,12 @@ def fisher_traces(params, x_t, v, t):
     def loss(one, x_t, v, t):                                                      # one seed's network, one sample
         return (forward([p[None] for p in one], x_t[None, None], t[None, None])[0, 0] - v).square().mean()
 
-    each, rows = torch.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0, 0)), []
-    for k in range(len(x_t)):
-        gradient, L = each([p[k].detach() for p in params], x_t[k], v[k], t[k])
-        rows.append((L, sum(g.flatten(1).square().sum(1) for g in gradient)))
-    return [torch.stack(r) for r in zip(*rows)]
+    def trace(one, x_t, v, t):
+        gradient, L = torch.func.grad_and_value(loss)(one, x_t, v, t)
+        return L, sum(g.square().sum() for g in gradient)
+
+    samples = torch.vmap(trace, in_dims=(None, 0, 0, 0))
+    return torch.vmap(samples, chunk_size=1)([p.detach() for p in params], x_t, v, t)      # seed by seed: memory
 
 
 def overlap(a, b, q):
@@ -269,20 +265,10 @@ def overlap(a, b, q):
     return (top_a * top_b).sum(-1) / k
 
 
-def spearman(a, b):
-    """Correlation of the ranks along the last axis."""
-    a, b = (z.argsort(-1).argsort(-1).double() for z in (a, b))
-    a, b = a - a.mean(-1, True), b - b.mean(-1, True)
-    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-
-
-def fisher_measures(L, F):
-    """L, F (S, T, n): n samples at each of T timesteps -> (S, 3 WAYS, 4 overlaps and rho), (S, 2) explained by t."""
-    agree = lambda a, b: torch.stack([*(overlap(a, b, q) for q in FRACTIONS), spearman(a, b)], -1)
-    centred = [(z - z.mean(-1, True)).flatten(1) for z in (L, F)]
-    ways = [agree(L.flatten(1), F.flatten(1)), agree(L, F).mean(1), agree(*centred)]
-    explained = [z.mean(-1).var(-1, correction=0) / z.flatten(1).var(-1, correction=0) for z in (L, F)]
-    return torch.stack(ways, 1), torch.stack(explained, -1)
+def agreement(L, F):
+    """Overlap at each of FRACTIONS, then Spearman's rho = 1 - 6 sum d^2 / (n^3 - n): (..., n) twice -> (..., 5)."""
+    n, d = L.shape[-1], (L.argsort(-1).argsort(-1) - F.argsort(-1).argsort(-1)).double()
+    return torch.stack([*(overlap(L, F, q) for q in FRACTIONS), 1 - 6 * d.square().sum(-1) / (n ** 3 - n)], -1)
 
 
 def fisher(args):
@@ -294,55 +280,51 @@ def fisher(args):
     T, n, seeds, results = 16, 64, range(args.seed, args.seed + args.seeds), {}
     steps = args.steps or (4000 if args.full else 1500)
     stops = sorted({max(1, round(steps * f)) for f in (0, 0.03, 0.1, 0.2, 0.4, 0.7, 1)})
-    for name in list(data_sets())[:None if args.full else 1]:
-        data = data_sets()[name]
-        t = ((torch.arange(T) + 0.5) / T).repeat_interleave(n).expand(len(seeds), -1)
+    t = ((torch.arange(T) + 0.5) / T).repeat_interleave(n).expand(len(seeds), -1)
+    for name, data in list(data_sets().items())[:None if args.full else 1]:
         x, eps, _ = next(batches(data, [7000 + seed for seed in seeds], 1, T * n, block=1))
-        x_t, v, rows = (1 - t[..., None]) * x + t[..., None] * eps, eps - x, []
+        x_t, agree, explained = (1 - t[..., None]) * x + t[..., None] * eps, [], []
         for params in train(data, seeds, steps, stops=stops, ema=0, name=f"fisher, {name}"):
-            L, F = fisher_traces(params, x_t, v, t)
-            rows.append(fisher_measures(L.unflatten(1, (T, n)), F.unflatten(1, (T, n))))
-        results[name] = [interval(torch.stack(r, 1)) for r in zip(*rows)] + [L[0], F[0], t[0]]
-        (mean, half), (m, h) = ([z[-1] for z in r] for r in results[name][:2])
-        print(f"\n{name}, {steps} steps, {len(seeds)} seeds: overlap of top-loss and top-trace sets, mean +- 95 %\n"
-              f"{'':36}" + "".join(f"{f'q = {q}':>14}" for q in FRACTIONS) + "  Spearman's rho")
-        for way, m_w, h_w in zip(WAYS, mean, half):
-            print(f"{way:36}" + "".join(f"{a:8.2f} +-{b:4.2f}" for a, b in zip(m_w, h_w)))
-        print(f"{'chance':36}" + "".join(f"{q:14.2f}" for q in (*FRACTIONS, 0)))
-        print(f"t explains {m[0]:.2f} +-{h[0]:.2f} of the variance of the loss, {m[1]:.2f} +-{h[1]:.2f} of the trace's "
-              f"(chance {(T - 1) / (T * n - 1):.3f})")
+            L, F = (z.unflatten(1, (T, n)) for z in fisher_traces(params, x_t, eps - x, t))
+            centred = [(z - z.mean(-1, True)).flatten(1) for z in (L, F)]
+            ways = agreement(L.flatten(1), F.flatten(1)), agreement(L, F).mean(1), agreement(*centred)
+            agree.append(torch.stack(ways, 1))
+            share = [z.mean(-1).var(-1, correction=0) / z.flatten(1).var(-1, correction=0) for z in (L, F)]
+            explained.append(torch.stack(share, 1))
+        agree, explained = results[name] = torch.stack(agree, 1), torch.stack(explained, 1)
+        print(f"\n{name}, {steps} steps, {len(seeds)} seeds: overlap of top-loss and top-trace sets, mean +- 95 %")
+        print_table([["", *(f"q = {q}" for q in FRACTIONS), "Spearman's rho"],
+                     *([way, *map(plus_minus, agree[:, -1, w].T)] for w, way in enumerate(WAYS)),
+                     ["chance", *(f"{q:.2f}" for q in (*FRACTIONS, 0))]])
+        print(f"t explains {plus_minus(explained[:, -1, 0])} of the variance of the loss, "
+              f"{plus_minus(explained[:, -1, 1])} of the trace's (chance {(T - 1) / (T * n - 1):.3f})")
     fisher_figure(args, stops, *results["8 Gaussians"])
 
 
-def fisher_figure(args, stops, agreement, explained, L, F, t):
-    fig = figure(5.6)
-    axes, (mean, half), (mean_t, half_t) = fig.subplots(2, 3), agreement, explained        # (stops, 3, 5), (stops, 2)
-    for w, way in enumerate(WAYS):
-        for k, q in enumerate(FRACTIONS):
-            axes[0, w].errorbar(stops, mean[:, w, k], half[:, w, k], color=f"C{k}", marker=".", label=f"top {q:.0%}")
-            axes[0, w].axhline(q, color=f"C{k}", ls=":", lw=1)
-        axes[0, w].set(title=f"Overlap, {way}\n(dotted: chance)", ylabel="overlap", ylim=(0, 1))
-        axes[1, 0].errorbar(stops, mean[:, w, 4], half[:, w, 4], marker=".", color=f"C{w + 4}", label=way)
-    for k, what in enumerate(("loss", "Fisher trace")):
-        axes[1, 1].errorbar(stops, mean_t[:, k], half_t[:, k], marker=".", color=f"C{7 + k}", label=what)
-    axes[1, 1].axhline(15 / 1023, color="k", ls=":", lw=1, label="chance")
-    axes[1, 0].set(title="Rank correlation of loss and trace\n(chance: 0)", ylabel="Spearman's rho", ylim=(0, 1))
-    axes[1, 1].set(title="Share of the variance across samples\nthat t alone explains", ylabel="share", ylim=(0, None))
-    for ax in axes.flat[:5]:
-        ax.set_xlabel("training step")
-    for ax in axes[0, 0], axes[1, 0], axes[1, 1]:
+def fisher_figure(args, stops, agree, explained):                                  # (S, stops, 3, 5), (S, stops, 2)
+    fig = Figure((9, 5.6), dpi=100, layout="constrained")
+    *top, left, right = fig.subplot_mosaic("aabbcc;dddeee").values()
+    for w, ax in enumerate(top):
+        draw(ax, stops, {f"top {q:.0%}": interval(agree[:, :, w, k]) for k, q in enumerate(FRACTIONS)}, FRACTIONS,
+             title=f"Overlap (dotted: chance),\n{WAYS[w]}", ylabel="overlap", ylim=(0, 1))
+    draw(left, stops, {way: interval(agree[:, :, w, 4]) for w, way in enumerate(WAYS)}, [0],
+         title="Rank correlation of loss and trace (chance: 0)", ylabel="Spearman's rho", ylim=(0, 1))
+    draw(right, stops, {what: interval(explained[..., k]) for k, what in enumerate(("loss", "Fisher trace"))},
+         [15 / 1023], title="Share of the variance that t alone explains (dotted: chance)", ylabel="share",
+         ylim=(0, None))
+    for ax in (top[0], left, right):
         ax.legend()
-    dots = axes[1, 2].scatter(L, F, 4, t, cmap="viridis")
-    axes[1, 2].set(title="The samples of one seed, last step", xlabel="loss", ylabel="Fisher trace", xscale="log",
-                   yscale="log", xlim=(1e-3, None), ylim=(1e-3, None))
-    fig.colorbar(dots, ax=axes[1, 2], label="t")
-    m = mean[-1]
+    m = agree[:, -1].mean(0)
     save(fig, args, "fisher", f"High loss marks a high Fisher trace, beyond chance: of the top 20 % the two share "
          f"{m[0, 1]:.0%} (random t), {m[1, 1]:.0%} (shared t),\n{m[2, 1]:.0%} (mean at t taken out); at q = 80 % they "
          f"share {m[0, 3]:.0%}, where chance alone gives 80 %")
 
 
 # ---- 2. variance -----------------------------------------------------------------------------------------------------
+VR_TABLE_3 = {"|f|^-2, d = 3072": ("-0.5..-0.25", "-0.5..-0.25", "-1.5..-1.25"),   # m, sign turned to our time
+              "white, d = 4096": ("-0.25..0", "-0.25..0", "-1..-0.75"),
+              "|f|^-2, d = 4096": ("-0.25..0", "-0.25..0", "-1..-0.75"),
+              "|f|^-2, d = 16384": ("0.75..1", "0.75..1", "-0.5..-0.25")}
 
 
 def snr_h2(path=fpo.linear):
@@ -364,7 +346,7 @@ def network_loss(data, path, seeds, steps, n=2048):
 
 
 def wide_data(g):
-    """label -> (points (M, d), eigenvalues of the covariance (d,), [VR Table 3]'s m for the three paths, in our time).
+    """label -> points (M, d), eigenvalues of the covariance (d,).
 
     The digits are real. The rest are synthetic stand-ins of the dimensions of VR's data: Gaussian fields with the
     power spectrum of natural images, |f|^-2, and white noise. A field is independent in its Fourier basis and the
@@ -375,16 +357,13 @@ def wide_data(g):
     x = x[torch.randperm(len(x), generator=g)]
     x = (x - x.mean(0)) / x.var(0).mean().sqrt()                                   # whatever the stored scale and bias
     power = torch.linalg.eigvalsh(x.T @ x / len(x)).clamp_min(0)
-    table = {f"digits, d = 256, M = {M}": (x[:M], power, None) for M in (200, 2000)}
-    published = {3072: ("-0.5..-0.25", "-0.5..-0.25", "-1.5..-1.25"), 4096: ("-0.25..0", "-0.25..0", "-1..-0.75"),
-                 16384: ("0.75..1", "0.75..1", "-0.5..-0.25")}
-    for label, channels, side, exponent in (("white", 4, 32, 0), ("|f|^-2", 3, 32, 2), ("|f|^-2", 4, 32, 2),
-                                            ("|f|^-2", 4, 64, 2)):
+    table = {f"digits, d = 256, M = {M}": (x[:M], power) for M in (200, 2000)}
+    for exponent, channels, side in ((0, 4, 32), (2, 3, 32), (2, 4, 32), (2, 4, 64)):
         f = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
         power = (f[:, None] ** 2 + f ** 2).clamp_min(1).pow(-exponent / 2).flatten().repeat(channels)
         power = power / power.mean()
         points = torch.randn(200, len(power), dtype=power.dtype, generator=g) * power.sqrt()
-        table[f"{label}, d = {len(power)}, M = 200"] = points, power, published[len(power)]
+        table[f"{'|f|^-2' if exponent else 'white'}, d = {len(power)}, M = 200"] = points, power
     return table
 
 
@@ -396,79 +375,79 @@ def variance(args):
     """
     data, g = data_sets()["8 Gaussians"], torch.Generator().manual_seed(args.seed)
     steps, seeds = args.steps or (6000 if args.full else 1500), range(args.seed, args.seed + 4)
-    x, sizes, table, curves = data.sample(2000, g), (50, 200, 2000), wide_data(g), {}
-    wide = {label: {} for label in table}
+    x, table, flat, wide = data.sample(2000, g), wide_data(g), {}, {}
     for name, path in tqdm(fpo.PATHS.items(), "variance", leave=False):
         snr, h2 = snr_h2(path)
-        curves[name] = {
+        flat[name] = {
             "exact": h2 * data.variance(GRID, path),
-            **{f"Monte Carlo, M = {M}": h2 * fpo.posterior_variance(x[:M], snr, 40_000 // M, g) for M in sizes},
+            **{f"Monte Carlo, M = {M}": h2 * fpo.posterior_variance(x[:M], snr, 40_000 // M, g)
+               for M in (50, 200, 2000)},
             "Gaussian, same covariance": h2 * fpo.gaussian_posterior_variance(x, snr),
             f"network, {steps} steps": network_loss(data, path, seeds, steps)}
-        for label, (points, power, _) in table.items():
-            wide[label][name] = (h2 * fpo.posterior_variance(points, snr, 100_000 // len(points), g),
-                                 h2 * (power / (1 + snr[:, None] ** 2 * power)).mean(1))
+        wide[name] = {label: (h2 * fpo.posterior_variance(points, snr, 100_000 // len(points), g),
+                              h2 * (power / (1 + snr[:, None] ** 2 * power)).mean(1))
+                      for label, (points, power) in table.items()}
 
-    def row(label, cells):
-        print(f"{label:44}" + "".join(f"{cell:>16}" for cell in cells))
-
-    def nearest(curve):
-        return "{:.2f} ({:.2f})".format(*fpo.logit_normal_location(GRID, curve))
-
-    row("\nm of the closest logit-normal (KS distance)", fpo.PATHS)
-    for label in curves["linear"]:
-        row(f"8 Gaussians, {label}", [nearest(curves[name][label]) for name in fpo.PATHS])
-    for label, paths in wide.items():
-        row(f"{label}, Monte Carlo", [nearest(paths[name][0]) for name in fpo.PATHS])
-        row(f"{label.rsplit(',', 1)[0]}, Gaussian", [nearest(paths[name][1]) for name in fpo.PATHS])
-        if table[label][2]:
-            row("    [VR Table 3], sign turned to our time", table[label][2])
-    variance_figure(args, curves, wide)
+    variance_table(flat, wide)
+    variance_figure(args, flat, wide)
 
 
-def variance_figure(args, curves, wide):
-    fig = figure(8.4)
+def variance_table(flat, wide):
+    """The m that each curve recommends, by path, beside VR's."""
+    nearest = lambda curve: "{:.2f} ({:.2f})".format(*fpo.logit_normal_location(GRID, curve))
+    rows = [["m of the closest logit-normal (KS distance)", *fpo.PATHS]]
+    rows += [[f"8 Gaussians, {label}", *(nearest(flat[name][label]) for name in flat)] for label in flat["linear"]]
+    for label in wide["linear"]:
+        of = label.rsplit(",", 1)[0]                                               # without M
+        rows.append([f"{label}, Monte Carlo", *(nearest(wide[name][label][0]) for name in wide)])
+        rows.append([f"{of}, Gaussian", *(nearest(wide[name][label][1]) for name in wide)])
+        if of in VR_TABLE_3:
+            rows.append(["    [VR Table 3], sign turned to our time", *VR_TABLE_3[of]])
+    print()
+    print_table(rows)
+
+
+def variance_figure(args, flat, wide):
+    fig = Figure((9, 8.4), dpi=100, layout="constrained")
     density = lambda curve: curve / torch.trapezoid(curve, GRID)
     for (top, middle, bottom), name in zip(fig.subplots(3, 3, sharex=True).T, fpo.PATHS):
-        for k, (label, curve) in enumerate(curves[name].items()):
+        exact = flat[name]["exact"]
+        for k, (label, curve) in enumerate(flat[name].items()):
             style = dict(color="0.7", lw=5) if k == 0 else dict(color=f"C{k - 1}", lw=1.2)
             top.plot(GRID, curve, label=label, **style)
             middle.plot(GRID, density(curve), **style)
-        m, distance = fpo.logit_normal_location(GRID, curves[name]["exact"])
+        m, distance = fpo.logit_normal_location(GRID, exact)
         normal = torch.exp(-(torch.logit(GRID) - m) ** 2 / 2) / (2 * math.pi) ** 0.5 / (GRID * (1 - GRID))
         middle.plot(GRID, normal, "k:", label=f"logit-normal closest to exact:\nm = {m:g}, KS distance {distance:.2f}")
-        for k, (label, paths) in enumerate(wide.items()):
-            bottom.plot(GRID, density(paths[name][0]), f"C{k}", lw=1.2, label=label)
-            bottom.plot(GRID, density(paths[name][1]), f"C{k}--", lw=1.2)
-        top.set(title=f"{name} path", ylim=(0, 1.25 * curves[name]["exact"][GRID > 0.1].max()),
-                ylabel="8 Gaussians: $h^2 V$")
+        for k, (label, (monte_carlo, gaussian)) in enumerate(wide[name].items()):
+            bottom.plot(GRID, density(monte_carlo), f"C{k}", lw=1.2, label=label)
+            bottom.plot(GRID, density(gaussian), f"C{k}--", lw=1.2)
+        top.set(title=f"{name} path", ylim=(0, 1.25 * exact[GRID > 0.1].max()), ylabel="8 Gaussians: $h^2 V$")
         middle.set(ylim=(0, 4), ylabel="8 Gaussians: density $\\pi(t)$")
-        bottom.set(ylim=(0, 10), xlabel="t  (0 data, 1 noise)", ylabel="high dimension: density $\\pi(t)$")
         middle.legend(loc="upper center")
+        bottom.set(ylim=(0, 10), xlabel="t  (0 data, 1 noise)", ylabel="high dimension: density $\\pi(t)$")
         if name == "linear":
             top.legend(loc="lower right")
             bottom.legend(title="solid: Monte Carlo; dashed: Gaussian")
-    late = [c[GRID > 0.9].sum() / c.sum() for c in wide["white, d = 4096, M = 200"]["linear"]]
+    late = [c[GRID > 0.9].sum() / c.sum() for c in wide["linear"]["white, d = 4096, M = 200"]]
     save(fig, args, "variance", "In 2D Monte Carlo and a network find the irreducible loss, except near the data;\n"
          f"in d = 4096 (white, linear path) Monte Carlo on 200 points puts {late[0]:.0%} of its density above t = 0.9, "
          f"the truth {late[1]:.0%}")
 
 
 # ---- 3. race ---------------------------------------------------------------------------------------------------------
-
 MEASURES = "sliced Wasserstein", "energy distance", "squared velocity error"
 
 
-def local_mean(losses, t, width=0.05):
-    """Mean loss of the samples of the batch near each t (Gaussian kernel): losses, t (S, N) -> (S, N)."""
-    k = torch.exp(-((t[:, :, None] - t[:, None]) / width).square() / 2)            # (S, N, N)
-    return (k @ losses[..., None])[..., 0] / k.sum(-1)
-
-
 def fpo_of(beta, tau=1.0, centre=False, weights=fpo.fpo_gradient_weights):
-    """(timesteps, weights) of FPO, every seed ranking its own batch; centre: by the loss minus its mean at that t."""
-    c = torch.vmap(lambda losses: weights(losses, 0.8, beta, tau))
-    return SAME, lambda losses, t: c(losses - local_mean(losses, t) if centre else losses)
+    """(timesteps, weights) of FPO, every seed ranking its own batch; centre: by the loss minus its mean near that t."""
+    def c(losses, t):                                                              # (S, N), (S, N) -> (S, N)
+        if centre:
+            near = torch.softmax(-((t[:, :, None] - t[:, None]) / 0.05).square() / 2, -1)       # (S, N, N)
+            losses = losses - (near @ losses[..., None])[..., 0]
+        return torch.vmap(lambda L: weights(L, 0.8, beta, tau))(losses)
+
+    return SAME, c
 
 
 def vr(V, reweight=False):
@@ -482,13 +461,12 @@ def vr(V, reweight=False):
 def race_methods(data, args):
     """name -> (timesteps, weights), as train takes them. The paper's beta is 2; N / 2 is a third of all weight."""
     V = torch.from_numpy(np.interp(GRID, GRID[::3], data.variance(GRID[::3], points=81)))
-    hard = torch.vmap(lambda losses: fpo.hard_sample_weights(losses, 0.8, N / 2))
     table = {"uniform": (SAME, ONES),
              "FPO, β = 2": fpo_of(2),
              "FPO, β = N/2": fpo_of(N / 2),
              "FPO, β = N/2, minus mean at t": fpo_of(N / 2, centre=True),
              "FPO, β = N/2, τ = 5": fpo_of(N / 2, tau=5.0),
-             "hard samples, β = N/2": (SAME, lambda losses, t: hard(losses)),
+             "hard samples, β = N/2": fpo_of(N / 2, weights=lambda L, r, beta, _: fpo.hard_sample_weights(L, r, beta)),
              "min-SNR": (SAME, lambda losses, t: torch.vmap(fpo.min_snr_weights)(t)),
              "logit-normal t, m = 0": (fpo.logit_normal_timesteps, ONES),
              "VR": vr(V),
@@ -496,7 +474,8 @@ def race_methods(data, args):
     if args.full:
         x, (snr, h2) = data.sample(2000, torch.Generator().manual_seed(args.seed)), snr_h2()
         loss = network_loss(data, fpo.linear, range(args.seed, args.seed + 4), 500)
-        table |= {"FPO, β = 5": fpo_of(5), "FPO, β = N/8": fpo_of(N / 8),
+        table |= {"FPO, β = 5": fpo_of(5),
+                  "FPO, β = N/8": fpo_of(N / 8),
                   "FPO, β = N/2, τ = 0.2": fpo_of(N / 2, tau=0.2),
                   "FPO, β = N/2, w detached": fpo_of(N / 2, weights=fpo.fpo_weights),
                   "P2": (SAME, lambda losses, t: torch.vmap(fpo.p2_weights)(t)),
@@ -514,14 +493,14 @@ def race(args):
     seeds, results, pictures = range(args.seed, args.seed + args.seeds), {}, {}
     steps = args.steps or (2000 if args.full else 1000)
     stops = sorted({max(1, round(steps * f)) for f in (0.1, 0.25, 0.5, 0.75, 1)})
-    for name in list(data_sets())[:None if args.full else 2]:
-        data = data_sets()[name]
-        (measure, floor), results[name] = judge(data, seeds), {}
+    for name, data in list(data_sets().items())[:None if args.full else 2]:
+        measure, results[name] = judge(data, seeds), {}
         pictures[name] = {"exact": data.sample(len(seeds) * 1024, torch.Generator().manual_seed(3))}
         for method, policy in tqdm(race_methods(data, args).items(), f"race, {name}", leave=False):
-            x, curve = zip(*[measure(p) for p in train(data, seeds, steps, *policy, stops=stops, name=method)])
-            results[name][method], pictures[name][method] = torch.stack(curve, 1), x[-1].flatten(0, 1)
-        race_table(name, stops, floor, results[name])
+            networks = train(data, seeds, steps, *policy, stops=stops, name=method)
+            x, scores = zip(*[measure(partial(forward, params)) for params in networks])
+            results[name][method], pictures[name][method] = torch.stack(scores, 1), x[-1].flatten(0, 1)
+        race_table(name, stops, measure(data.velocity)[1].mean(0), results[name])
     race_figure(args, stops, results, pictures, *bias(args, seeds, steps * 3 // 2))
 
 
@@ -529,21 +508,20 @@ def race_table(name, stops, floor, results):
     """Ratios to uniform with 95 % intervals at the last stop, and the steps to reach uniform's final quality."""
     base = results["uniform"]
     print(f"\n{name}, {stops[-1]} steps, {len(base)} seeds; uniform | floor: " + ", ".join(
-        f"{m} {v:.4f} | {f:.4f}" for m, v, f in zip(MEASURES, base[:, -1].mean(0), [*floor.mean(0), 0])))
-    print(f"{'ratio to uniform [95 %]':30}" + "".join(f"{m:>24}" for m in MEASURES) + "  steps to uniform's end")
+        f"{m} {v:.4f} | {f:.4f}" for m, v, f in zip(MEASURES, base[:, -1].mean(0), floor)))
+    rows = [["ratio to uniform [95 %]", *MEASURES, "steps to uniform's end"]]
     for method, r in results.items():
         cells = [f"{m:.3f} [{a:.3f}, {b:.3f}]" for m, a, b in zip(*paired_ratio(r[:, -1], base[:, -1]))]
-        to = steps_to(stops, r[..., 0].log().mean(0), base[:, -1, 0].log().mean())
-        print(f"{method:30}" + "".join(f"{cell:>24}" for cell in cells) + f"{to:>12}")
+        rows.append([method, *cells, steps_to(stops, r[..., 0].log().mean(0), base[:, -1, 0].log().mean())])
+    print_table(rows)
 
 
 def steps_to(stops, curve, goal):
     """First step at which a log distance (stops,), interpolated between stops, is down to the goal."""
-    reached = (curve <= goal + 1e-4).nonzero().flatten().tolist()
-    if not reached or reached[0] == 0:
-        return f"<= {stops[0]}" if reached else "not reached"
-    k = reached[0]
-    return f"{np.interp(-goal, -curve[k - 1:k + 1], stops[k - 1:k + 1]):.0f}"
+    if curve.min() > goal + 1e-4:
+        return "not reached"
+    k = (curve <= goal + 1e-4).int().argmax()                                      # the first
+    return f"{np.interp(-goal, -curve[k - 1:k + 1], stops[k - 1:k + 1]):.0f}" if k else f"<= {stops[0]}"
 
 
 def bias(args, seeds, steps):
@@ -553,63 +531,51 @@ def bias(args, seeds, steps):
     to 0, as [FPO Prop. 3.4] assumes. Oracle: the exact E[x | x_t] and the 20 %; control: uniform.
     """
     data = Mixture([[0.0, 0.0], [1.0, 0.0]], 0.15, [0.8, 0.2])
-    policies = {"uniform": (SAME, ONES), **{f"FPO, β = {name}": fpo_of(b) for name, b in
-                                               (("2", 2), ("N/8", N / 8), ("N/2", N / 2))}}
-    t, measure, results, middle = torch.tensor(0.7), judge(data, seeds)[0], {}, data.c[:, 0].mean().item()
+    betas = {"FPO, β = 2": 2, "FPO, β = N/8": N / 8, "FPO, β = N/2": N / 2}
+    policies = {"uniform": (SAME, ONES)} | {name: fpo_of(beta) for name, beta in betas.items()}
+    t, measure, shifts, shares = torch.tensor(0.7), judge(data, seeds), {}, {}
     line = torch.stack([torch.linspace(-2, 2, 81), torch.zeros(81)], 1)            # x_t, through both centres
     exact = data.posterior(line, (1 - t)[None], t[None])[1]
     print(f"\ntwo blobs of 80 % and 20 %, {steps} steps, {len(seeds)} seeds")
     for method, policy in tqdm(policies.items(), "race, bias", leave=False):
         params = next(train(data, seeds, steps, *policy, name=method))
-        x, scores = measure(params)
+        x, scores = measure(partial(forward, params))
         with torch.no_grad():
             v = forward(params, line.expand(len(seeds), -1, 2), t.expand(len(seeds), 81))
-        results[method] = (line - t * v - exact)[..., 0], (x[..., 0] > middle).float().mean(1)
-        (m, h), (e, eh) = interval(results[method][1]), interval(scores[:, 2])
-        tqdm.write(f"{method:14} share of the 20 % {m:.3f} +-{h:.3f}, squared velocity error {e:.4f} +-{eh:.4f}")
-    return line[:, 0], results
+        shifts[method] = interval((line - t * v - exact)[..., 0])
+        shares[method] = (x[..., 0] > data.c[:, 0].mean()).float().mean(1)
+        tqdm.write(f"{method:14} share of the 20 % {plus_minus(shares[method], 3)}, "
+                   f"squared velocity error {plus_minus(scores[:, 2], 4)}")
+    return line[:, 0], shifts, shares
 
 
-def race_figure(args, stops, results, pictures, line, bias):
-    fig = figure(10.5)
-    curves, images, panels = fig.subfigures(3, 1, height_ratios=[4.4, 3.4, 2.4])
-    for name, axes in zip(results, curves.subplots(2, 2, sharex=True).T):
-        for ax, k in zip(axes, (0, 1)):
-            for c, (method, r) in enumerate(list(results[name].items())[1:10]):
-                band(ax, stops, *paired_ratio(r[..., k], results[name]["uniform"][..., k]), color=f"C{c}", label=method)
-            ax.axhline(1, color="k", lw=1)
-            ax.set(title=f"{name}: {MEASURES[k]}" + k * ", zoomed in" + " (below 1: better)", ylabel="ratio to uniform",
-                   ylim=(0.8, 2.2) if k else (0, None))
-        axes[1].set_xlabel("training step")
-    curves.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+def race_figure(args, stops, results, pictures, line, shifts, shares):
+    fig = Figure((9, 10.5), dpi=100, layout="constrained")
+    curves, images, blobs = fig.subfigures(3, 1, height_ratios=[4.6, 3.4, 2.2])
+    telling = list(results["8 Gaussians"])[1:10]
+    for (name, r), axes in zip(results.items(), curves.subplots(2, 2, sharex=True).T):
+        for k, ax in enumerate(axes):
+            draw(ax, stops, {m: paired_ratio(r[m][..., k], r["uniform"][..., k]) for m in telling}, [1],
+                 title=f"{name}: {MEASURES[k]}" + k * ", zoomed in" + " (below 1: better)",
+                 ylabel="ratio to uniform", ylim=(0.8, 2.2) if k else (0, None))
+    curves.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=5)
     for name, axes in zip(results, images.subplots(2, 5)):
         for ax, method in zip(axes, ("exact", "uniform", "FPO, β = 2", "FPO, β = N/2", "VR")):
             x = pictures[name][method]
             ax.hist2d(*x.T.numpy(), bins=80, range=[[-2.2, 2.2]] * 2, vmax=len(x) / 400, cmap="magma_r")
             ax.set(title=method, xticks=[], yticks=[], aspect="equal")
-    left, right = panels.subplots(1, 2)
-    for k, (method, (shift, small)) in enumerate(bias.items()):
-        mean, half = interval(shift)
-        band(left, line, mean, mean - half, mean + half, color=f"C{k}", label=method)
-        mean, half = interval(small)
-        right.barh(k, mean, xerr=half, color=f"C{k}", alpha=0.6)
-    left.set(title="Two blobs, 80 % at the left, 20 % at the right; t = 0.7", xlabel="$x_t$, through both blobs",
-             ylabel="learned minus exact $E[x|x_t]$\n(above 0: towards the 20 %)")
-    left.legend()
-    right.axvline(0.2, color="k", lw=1)
-    right.set(title="Samples in the blob of 20 % (line: the truth)", xlabel="share")
-    right.set_yticks(range(len(bias)), list(bias))
+    draw(blobs.subplots(), line, shifts, [0], title="Two blobs, 80 % at the left, 20 % at the right; t = 0.7",
+         xlabel="$x_t$, through both blobs", ylabel="learned minus exact $E[x|x_t]$\n(above 0: towards the 20 %)")
+    blobs.legend(loc="outside right center")
     end = lambda method: " and ".join(
         f"{paired_ratio(r[method][:, -1, 0], r['uniform'][:, -1, 0])[0]:.2f}" for r in list(results.values())[:2])
-    share = {method: small.mean() for method, (_, small) in bias.items()}
+    uniform, two, half = (f"{shares[method].mean():.1%}" for method in ("uniform", "FPO, β = 2", "FPO, β = N/2"))
     save(fig, args, "race", f"After {stops[-1]} steps FPO (β = 2) is {end('FPO, β = 2')} times as far from the data as "
-         f"uniform, VR {end('VR')} times;\nwhere 20 % of the data lie uniform puts {share['uniform']:.1%} "
-         f"of its samples, FPO {share['FPO, β = 2']:.1%} (β = 2) and {share['FPO, β = N/2']:.1%} (β = N/2)")
+         f"uniform, VR {end('VR')} times;\nwhere 20 % of the data lie uniform puts {uniform} of its samples, "
+         f"FPO {two} (β = 2) and {half} (β = N/2)")
 
 
 # ---- 4. samplers -----------------------------------------------------------------------------------------------------
-
-
 def samplers(args):
     """Samplers on the exact velocity, so that nothing but the sampler is judged: error against NFE.
 
@@ -621,52 +587,48 @@ def samplers(args):
     v, z = fpo.counted(data.velocity), noise(n, range(1, 1 + S)).double().flatten(0, 1)
     truth = fpo.dopri5(v, z, 1e-9, 1e-9)
     reference = fpo.dopri5(v, noise(4 * n, [0])[0].double(), 1e-9, 1e-9)
-    distance = lambda x: interval(sliced_wasserstein(x.unflatten(0, (S, n)), reference))
-    runs = {"Euler": [lambda k=k: fpo.euler(v, z, k) for k in nfes],
-            "Heun": [lambda k=k: fpo.heun(v, z, k // 2) for k in nfes],
-            "Dormand-Prince": [lambda e=e: fpo.dopri5(v, z, 10.0 ** e, 10.0 ** e) for e in range(-1, -7, -1)]}
+    distance = lambda x: sliced_wasserstein(x.unflatten(0, (S, n)), reference)     # (S,)
+    runs = {"Euler": [partial(fpo.euler, steps=k) for k in nfes],
+            "Heun": [partial(fpo.heun, steps=k // 2) for k in nfes],
+            "Dormand-Prince": [partial(fpo.dopri5, rtol=10.0 ** -e, atol=10.0 ** -e) for e in range(1, 7)]}
     for w, last in ((0, 0.04), (1, 0.04), (2, 0.04), (2, 0.0)):
-        runs[f"Euler-Maruyama, w = {w}, last {'0.04' if last else '1/NFE'}"] = [
-            lambda k=k, w=w, last=last: fpo.euler_maruyama(v, z, k, w=w, last=last, generator=g) for k in nfes]
-    rows = {label: [] for label in runs}
-    jobs = [(label, run) for label in runs for run in runs[label]]
-    for label, run in tqdm(jobs, "samplers", leave=False):
+        runs[f"Euler-Maruyama, w = {w}, last {last or '1/NFE'}"] = [
+            partial(fpo.euler_maruyama, steps=k, w=w, last=last, generator=g) for k in nfes]
+    points = {label: [] for label in runs}                                         # (NFE, rms error, distances (S,))
+    for label, sampler in tqdm([(label, run) for label in runs for run in runs[label]], "samplers", leave=False):
         v.nfe = 0
-        x = run()
-        rows[label].append((v.nfe, (x - truth).square().sum(1).mean().sqrt().item(), *distance(x)))
-    floors = distance(truth), distance(data.sample(S * n, g).double())
+        x = sampler(v, z)
+        points[label].append((v.nfe, (x - truth).square().sum(1).mean().sqrt().item(), distance(x)))
+    flow, exact = distance(truth), distance(data.sample(S * n, g).double())
     print(f"\nNFE: sliced Wasserstein distance +- 95 % (ODE: rms distance to the exact end point); "
-          f"exact flow {floors[0][0]:.4f}, independent exact samples {floors[1][0]:.4f} +-{floors[1][1]:.4f}")
-    for label, row in rows.items():
-        print(f"{label:33}" + "  ".join(f"{nfe}: {d:.4f} +-{h:.4f}" + ("" if "Maruyama" in label else f" ({e:.0e})")
-                                        for nfe, e, d, h in row))
-    sampler_figure(args, rows, floors)
+          f"exact flow {flow.mean():.4f}, independent exact samples {plus_minus(exact, 4)}")
+    print_table([[label, *(f"{nfe}: {plus_minus(d, 4)}" + ("" if "Maruyama" in label else f" ({e:.0e})")
+                           for nfe, e, d in row)] for label, row in points.items()])
+    sampler_figure(args, points, flow.mean(), exact.mean())
 
 
-def sampler_figure(args, rows, floors):
-    fig = figure(3.9)
+def sampler_figure(args, points, flow, exact):
+    fig = Figure((9, 3.9), dpi=100, layout="constrained")
     left, right = fig.subplots(1, 2)
-    for k, (label, row) in enumerate(rows.items()):
-        nfe, error, distance, half = zip(*row)
+    for k, (label, row) in enumerate(points.items()):
+        nfe, error, distances = zip(*row)
+        mean, low, high = interval(torch.stack(distances, 1))
         if "Maruyama" not in label:
             left.plot(nfe, error, f"C{k}o-", ms=3)
-        right.errorbar(nfe, distance, half, marker="o", ms=3, color=f"C{k}", ls="--" if "Maruyama" in label else "-",
-                       label=label)
-    right.axhline(floors[0][0], color="k", ls=":", lw=1, label="exact flow")
-    right.axhline(floors[1][0], color="0.5", ls=":", lw=1, label="independent exact samples")
-    left.set(title="ODE: distance to the exact end point", ylabel="root mean square")
-    right.set(title="Distance to the data distribution", ylabel="sliced Wasserstein")
-    for ax in (left, right):
-        ax.set(xlabel="NFE", xscale="log", yscale="log")
+        right.errorbar(nfe, mean, high - mean, fmt=f"C{k}o" + ("--" if "Maruyama" in label else "-"), ms=3, label=label)
+    right.axhline(flow, color="k", ls=":", lw=1, label="exact flow")
+    right.axhline(exact, color="0.5", ls=":", lw=1, label="independent exact samples")
+    axes = dict(xlabel="NFE", xscale="log", yscale="log")
+    left.set(title="ODE: distance to the exact end point", ylabel="root mean square", **axes)
+    right.set(title="Distance to the data distribution", ylabel="sliced Wasserstein", **axes)
     fig.legend(loc="outside lower center", ncol=3)
-    at = {label: row[2] for label, row in rows.items()}
-    save(fig, args, "samplers", f"At 16 evaluations Heun is {at['Heun'][2]:.3f} from the data and Euler "
-         f"{at['Euler'][2]:.3f} (exact flow: {floors[0][0]:.3f});\nEuler-Maruyama with w = 2 is "
-         f"{list(at.values())[5][2]:.3f}, where independent exact samples are {floors[1][0]:.3f}")
+    at_16 = {label: row[2][2].mean() for label, row in points.items()}
+    save(fig, args, "samplers", f"At 16 evaluations Heun is {at_16['Heun']:.3f} from the data and Euler "
+         f"{at_16['Euler']:.3f} (exact flow: {flow:.3f});\nEuler-Maruyama with w = 2 is "
+         f"{at_16['Euler-Maruyama, w = 2, last 0.04']:.3f}, where independent exact samples are {exact:.3f}")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
-
 EXPERIMENTS = {"fisher": fisher, "variance": variance, "race": race, "samplers": samplers}
 SECONDS = {"fisher": 16, "variance": 66, "race": 168, "samplers": 14}                 # one thread of a slow CPU
 
@@ -674,11 +636,11 @@ SECONDS = {"fisher": 16, "variance": 66, "race": 168, "samplers": 14}           
 def main():
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.splitlines()[0],
-        epilog="\n".join(f"{name}, about {SECONDS[name]} s\n    {run.__doc__}"
-                         for name, run in EXPERIMENTS.items()))
+        epilog="\n".join(f"{name}, about {SECONDS[name]} s\n    {run.__doc__}" for name, run in EXPERIMENTS.items()))
     parser.error = lambda message: sys.exit(f"toy2d.py: {message}")                # one line, exit status 1
     parser.add_argument("experiment", nargs="*", help="any of the four below; none: all of them")
-    parser.add_argument("--full", action="store_true", help="all data sets and methods, longer: README's table")
+    parser.add_argument("--full", action="store_true", help="fisher, race: all data sets and methods, README's tables; "
+                        "variance: a longer training; samplers: the same as without")
     parser.add_argument("--speed", action="store_true", help="only measure what 16 seeds at once cost")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="folder of the figures (default: assets)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")

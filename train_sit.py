@@ -591,7 +591,7 @@ def prepare(cfg):
         raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
     newest = newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
-    if saved and (not isinstance(saved, dict) or saved.get("arch") != model.arch):
+    if saved is not None and (not isinstance(saved, dict) or saved.get("arch") != model.arch):
         raise ValueError(f"{newest} is no checkpoint of this architecture on this data: choose another --out")
     for name, value in dataclasses.asdict(cfg).items():
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
