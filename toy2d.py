@@ -428,7 +428,7 @@ def variance_figure(args, flat, wide):
         bottom.set(ylim=(0, 10), xlabel="t  (0 data, 1 noise)", ylabel="high dimension: density $\\pi(t)$")
         if name == "linear":
             top.legend(loc="lower right")
-            bottom.legend(title="solid: Monte Carlo; dashed: Gaussian")
+            bottom.legend(title="solid: Monte Carlo\ndashed: Gaussian", loc="upper left")
     late = [c[GRID > 0.9].sum() / c.sum() for c in wide["linear"]["white, d = 4096, M = 200"]]
     save(fig, args, "variance", "In 2D Monte Carlo and a network find the irreducible loss, except near the data;\n"
          f"in d = 4096 (white, linear path) Monte Carlo on 200 points puts {late[0]:.0%} of its density above t = 0.9, "
