@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -654,6 +655,14 @@ def run(argv, program=train_sit):
     return 0
 
 
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory):
+    """The folder of a finished run of 6 steps."""
+    out = tmp_path_factory.mktemp("trained")
+    assert run(flags(folder, out)) == 0
+    return out
+
+
 def log_of(out):
     return [[float(v or 0) for v in row.split(",")[:6]] for row in (Path(out) / "log.csv").read_text().splitlines()[1:]]
 
@@ -775,9 +784,8 @@ def test_killed_at_any_moment_the_newest_checkpoint_loads_and_the_run_goes_on(fo
     assert run(["--checkpoint", tmp_path, "--out", tmp_path / "s", "--count", 2, "--steps", 2], sample) == 0
 
 
-def test_sampling_never_runs_the_projector(folder, tmp_path):
-    assert run(flags(folder, tmp_path)) == 0
-    model, config = train_sit.load_model(train_sit.newest_checkpoint(tmp_path))
+def test_sampling_never_runs_the_projector(trained):
+    model, config = train_sit.load_model(train_sit.newest_checkpoint(trained))
     model.projectors[0].register_forward_hook(lambda *_: pytest.fail("the projector ran"))
     x, labels, nfe = sample.generate(model, config, sample.Config(steps=2, guidance=2.0, classes=(7, 1)), np.arange(3), torch.device("cpu"))
     assert x.shape == (3, 1, 8, 8) and labels.tolist() == [7, 1, 7] and nfe == 4
@@ -842,9 +850,8 @@ def test_bad_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
     (["--sampler", "magic"], "dopri5"), (["--steps", "0"], "from 1"), (["--classes", "3", "10"], "0 to 9"), (["--interval", "0.7", "0.2"], "interval"),
     (["--checkpoint", "/nowhere.pt"], "/nowhere.pt"), (["--metrics", "--data", "/nowhere"], "/nowhere"), (["--metrics"], "16 x 16"),
     (["--metrics", "--count", "3"], "--count 10")])
-def test_bad_sampling_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
-    assert run(flags(folder, tmp_path / "run") + ["--steps", 1]) == 0
-    line = run(["--checkpoint", tmp_path / "run", "--out", tmp_path / "s", *argv], sample)
+def test_bad_sampling_flags_are_refused_in_one_line(trained, tmp_path, argv, expected):
+    line = run(["--checkpoint", trained, "--out", tmp_path / "s", *argv], sample)
     assert isinstance(line, str) and expected in line and "\n" not in line
 
 
@@ -867,14 +874,12 @@ def test_a_batch_that_does_not_divide_is_refused_by_one_process(folder, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, tmp_path):
     assert run(flags(folder, tmp_path)) == 0
-    line = run(flags(folder, tmp_path, lr=2e-3) + ["--steps", 20, "--save_every", 1])
-    assert line == 0
     good = train_sit.newest_checkpoint(tmp_path)
     state = torch.load(good, weights_only=True)
     state["model"]["final_layer.linear.bias"].fill_(math.nan)
     torch.save(state, good)
     line = run(flags(folder, tmp_path) + ["--steps", 30])
-    assert "not finite at step 21" in line and str(good) in line
+    assert "not finite at step 7" in line and str(good) in line
     assert train_sit.newest_checkpoint(tmp_path) == good
 
 
@@ -923,7 +928,8 @@ def test_cost_of_the_method_in_a_training_step_of_the_tiny_model():
 
 def test_cost_of_importing_is_that_of_torch():
     def best(command):
-        return min(seconds(lambda: subprocess.run([sys.executable, *command], cwd=HERE, check=True, stdout=subprocess.DEVNULL), 2) for _ in range(2))
+        launch = lambda: subprocess.run([sys.executable, *command], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        return min(timeit.repeat(launch, number=1, repeat=3))
 
     torch_alone, ours, help_ = best(["-c", "import torch"]), best(["-c", "import train_sit"]), best(["train_sit.py", "--help"])
     print(f"\nimport torch {torch_alone:.2f} s; import train_sit {ours / torch_alone:.2f}x; --help {help_ / torch_alone:.2f}x")
