@@ -591,12 +591,14 @@ def prepare(cfg):
         raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
     newest = newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
-    if saved is not None and (not isinstance(saved, dict) or saved.get("arch") != model.arch):
-        raise ValueError(f"{newest} is no checkpoint of this architecture on this data: choose another --out")
+    if saved is not None and not (isinstance(saved, dict) and "config" in saved):
+        raise ValueError(f"{newest} is no checkpoint of train_sit.py: choose another --out")
     for name, value in dataclasses.asdict(cfg).items():
         if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
             was = saved["config"].get(name)
             raise ValueError(f"{newest} was made with --{name} {was}, not {value}: choose another --out")
+    if saved and saved["arch"] != model.arch:
+        raise ValueError(f"{newest} was made for other data (size, channels, classes or features): choose another --out")
     if cfg.amp == "auto":
         choice = [saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"]
         if world > 1:                                                  # a measurement: all take that of process 0
