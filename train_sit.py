@@ -598,7 +598,7 @@ def prepare(cfg):
             was = saved["config"].get(name)
             raise ValueError(f"{newest} was made with --{name} {was}, not {value}: choose another --out")
     if saved and saved["arch"] != model.arch:
-        raise ValueError(f"{newest} was made for other data (size, channels, classes or features): choose another --out")
+        raise ValueError(f"{newest} was made for other data (size, channels, classes, features): choose another --out")
     if cfg.amp == "auto":
         choice = [saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"]
         if world > 1:                                                  # a measurement: all take that of process 0
