@@ -140,8 +140,7 @@ def measure(data, x, labels):
               f"the same for {len(spare)} images of the data": frechet_distance(real, spare),
               f"precision (k = 3, {n} + {n} images)": precision, f"recall (k = 3, {n} + {n} images)": recall}
     if judge:
-        said = torch.cat([judge(part) for part in x.split(1000)]).argmax(1)
-        result["judge accuracy"] = (said.numpy() == labels).mean()
+        result["judge accuracy"] = (judge.head(fake).argmax(1).numpy() == labels).mean()
     return {key: float(value) for key, value in result.items()}
 
 

@@ -608,22 +608,29 @@ def test_repa_checkpoints_load_with_ema_and_projector(tmp_path):
 
 
 class Evil:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/fpo-evil",)
+        return os.mkdir, (self.marker,)
 
 
-@pytest.mark.parametrize("content", [b"no checkpoint", {"a": torch.ones(2)}, {"model": 3}, Evil(), "missing", "other shape"])
+@pytest.mark.parametrize("content", [b"no checkpoint", {"a": torch.ones(2)}, {"model": 3}, "evil", "missing", "other shape"])
 def test_what_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, content):
     path = tmp_path / "file.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content == "evil":
+        torch.save(Evil(tmp_path / "evil"), path)
     elif content == "other shape":
         torch.save({**train_sit.SiT(**SMALL).state_dict(), "pos_embed": torch.ones(1, 10, 48)}, path)
     elif content != "missing":
         torch.save(content, path)
     with pytest.raises(ValueError) as error:
         train_sit.load_model(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value) and not Path("/tmp/fpo-evil").exists()
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and not (tmp_path / "evil").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------

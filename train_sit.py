@@ -134,9 +134,14 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def time_features(t, size=256):
+def time_frequencies(t):
+    """The 128 frequencies of time_features, on t's device and in its dtype."""
+    return 10000.0 ** (-torch.arange(128, device=t.device, dtype=t.dtype) / 128)
+
+
+def time_features(t):
     """256 sinusoids of raw t in [0, 1]: (B,) -> (B, 256)."""
-    angles = t.float()[:, None] * 10000.0 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
+    angles = t.float()[:, None] * time_frequencies(t.float())
     return torch.cat([torch.cos(angles), torch.sin(angles)], 1)
 
 
@@ -436,8 +441,7 @@ def from_sit(state, arch):
         last = state[f"final_layer.linear.{name}"]
         state[f"final_layer.linear.{name}"] = -last.view(p * p, 2 * C, -1)[:, :C].reshape(p * p * C, *last.shape[1:])
     W = state["t_embedder.mlp.0.weight"].double()
-    w = 10000.0 ** (-torch.arange(W.shape[1] // 2, dtype=torch.float64) / (W.shape[1] // 2))
-    on_cos, on_sin = W.chunk(2, 1)
+    w, (on_cos, on_sin) = time_frequencies(W), W.chunk(2, 1)
     W = torch.cat([on_cos * w.cos() + on_sin * w.sin(), on_cos * w.sin() - on_sin * w.cos()], 1)
     state["t_embedder.mlp.0.weight"] = W.to(state["t_embedder.mlp.0.weight"].dtype)
     return state

@@ -10,6 +10,7 @@ Each image: one digit, 20 faces, random size, rotation, slant and shift, 16 x 16
     judge.pt      a classifier trained on other draws, used by sample.py --metrics and never in training
 The same seed draws the same images everywhere; the two networks agree between machines up to float rounding.
 """
+import functools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ SIZE = 16                                   # pixels of an image
 GLYPH, EXTENT = 64, 0.75                    # a glyph of height 1, centred, on 64 x 64 pixels that cover [-0.75, 0.75]
 
 
+@functools.cache
 def glyphs():
     """Every digit of every face, from its outline: (len(FACES), 10, GLYPH, GLYPH) float64 in [0, 1]."""
     import matplotlib
@@ -95,7 +97,7 @@ class ConvNet(nn.Module):
         return self.body(x).flatten(2).transpose(1, 2)                         # (B, 16, width)
 
     def forward(self, x):
-        return self.head(F.relu(self.tokens(x)).mean(1))
+        return self.head(self.embed(x))
 
     def embed(self, x):
         """Features for the metrics: the average over the 4 x 4 positions, (B, width)."""
