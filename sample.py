@@ -2,8 +2,8 @@ r"""Checkpoint in; a picture grid, an .npz for the ADM evaluator and, with --met
 
     python sample.py                                             # 100 digits from runs/digits
     python sample.py --count 1000 --guidance 2 --metrics
-    torchrun --nproc_per_node 8 sample.py --checkpoint XL.pt --sampler sde --steps 250 --count 50000 --guidance 1.8 \
-        --interval 0 0.7
+    torchrun --nproc_per_node 8 sample.py --checkpoint XL.pt --vae stabilityai/sd-vae-ft-ema --count 50000 \
+        --sampler sde --steps 250 --guidance 1.8 --interval 0 0.7 --amp tf32
 
 Image i depends on the seed and on i alone: neither on the batch size nor on the number of processes. The .npz holds
 arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
@@ -41,12 +41,13 @@ class Config:
     last: float = 0.04                    # sde: the last, noiseless step runs from here; 0: equal steps
     guidance: float = 1.0                 # guidance scale; 1: none
     interval: tuple = (0.0, 1.0)          # timesteps at which guidance acts
-    amp: str = "fp32"                     # precision of the network
+    amp: str = "fp32"                     # precision of the network; tf32: fp32 with TF32 matrix products
+    vae: str = ""                         # decoder of latents: a diffusers name or folder (stabilityai/sd-vae-ft-ema)
     metrics: bool = False                 # compare with the data
     data: str = "data/font_digits"        # the data for --metrics
 
 
-ACCEPTED = dict(amp=["fp32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6), tolerance=(1e-12, 1),
+ACCEPTED = dict(amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6), tolerance=(1e-12, 1),
                 w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
 SAMPLERS = {                              # v, noise, flags, path, one generator for each image, end -> images
     "euler": lambda v, x, cfg, path, g, end: fpo.euler(v, x, cfg.steps, end),
@@ -62,10 +63,18 @@ def image_noise(seed, rows, shape):
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
-def to_pixels(x, meta):
-    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray if C = 1, else a rough look at three channels."""
-    x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
-    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+@torch.no_grad()
+def to_pixels(x, meta, vae=None):
+    """What the model sees (B, C, H, W) -> uint8 (B, H', W', 3): decoded by the VAE, 8 at a time so that memory is flat.
+
+    Without a VAE: gray if C = 1, else a rough look at three channels.
+    """
+    if vae:
+        x = torch.cat([vae.decode(part).sample for part in (x / meta["scale"] + meta["bias"]).split(8)])
+        x = 127.5 * (x.float() + 1)
+    else:
+        x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu()
 
 
 def write_grid(pixels, path, columns=10):
@@ -92,7 +101,7 @@ def generate(model, config, cfg, rows, device):
     end = 1e-3 if config["path"] == "diffusion" else 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
-    return x.cpu().float(), np.array(labels), v.nfe
+    return x.float(), np.array(labels), v.nfe
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -165,10 +174,17 @@ def sample(cfg):
     if data and (data.channels, data.size) != (model.channels, model.arch["size"]):
         raise ValueError(f"--data {cfg.data} has {data.channels} x {data.size} x {data.size} latents, the checkpoint "
                          f"makes {model.channels} x {model.arch['size']} x {model.arch['size']}")
+    vae = None
+    if cfg.vae:
+        from data import imagenet
+        vae = imagenet.load_vae(cfg.vae, device)
+    torch.backends.cuda.matmul.allow_tf32 = cfg.amp == "tf32"
     out, start = writable(cfg.out, rank), time.time()
     size, model = model.arch["size"], model.to(device)
-    shapes = {"arr_0": ((cfg.count, size, size, 3), np.uint8), "labels": ((cfg.count,), np.int64),
-              "x": ((cfg.count, model.channels, size, size), np.float32)}
+    latent = (model.channels, size, size)
+    pixels = to_pixels(torch.zeros(1, *latent, device=device), meta, vae).shape[1:]
+    shapes = {"arr_0": ((cfg.count, *pixels), np.uint8), "labels": ((cfg.count,), np.int64),
+              "x": ((cfg.count, *latent), np.float32)}
     files = {name: out / f".{name}.npy" for name in shapes}            # on the disk, for all processes: never in memory
     if rank == 0:
         for name, (shape, dtype) in shapes.items():
@@ -181,8 +197,8 @@ def sample(cfg):
     for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
         rows = mine[k:k + cfg.batch]
         x, labels, nfe = generate(model, config, cfg, rows, device)
-        arrays["x"][rows], arrays["labels"][rows] = x.numpy(), labels
-        arrays["arr_0"][rows] = to_pixels(x, meta).numpy()
+        arrays["x"][rows], arrays["labels"][rows] = x.cpu().numpy(), labels
+        arrays["arr_0"][rows] = to_pixels(x, meta, vae).numpy()
     for array in arrays.values():
         array.flush()
     if world > 1:
@@ -191,7 +207,8 @@ def sample(cfg):
     if rank > 0:
         return
     settings = dict(dataclasses.asdict(cfg), checkpoint=str(path), step=config["step"], path=config["path"],
-                    predict=config["predict"], vae=meta.get("vae"), nfe=nfe, processes=world)
+                    predict=config["predict"], vae=cfg.vae or None, trained_on_vae=meta.get("vae"), nfe=nfe,
+                    processes=world)
     np.save(out / ".settings.npy", json.dumps(settings))
     with zipfile.ZipFile(out / "samples.npz", "w") as archive:         # an .npz is a zip of .npy files
         for name in ("arr_0", "labels", "settings"):
@@ -199,6 +216,11 @@ def sample(cfg):
     write_grid(arrays["arr_0"][:100], out / "grid.png")
     took = time.time() - start
     print(f"{cfg.count} images, {nfe} evaluations each, {took:.0f} s. Wrote {out}/grid.png and {out}/samples.npz")
+    if vae:
+        reference = "VIRTUAL_imagenet256_labeled.npz" if pixels[0] == 256 else "VIRTUAL_imagenet512.npz"
+        print(f"FID: python evaluator.py {reference} {out}/samples.npz    # evaluations/ of openai/guided-diffusion")
+    elif model.channels > 1:
+        print("the pictures are a rough look at the latents; --vae stabilityai/sd-vae-ft-ema decodes them")
     if cfg.metrics:
         result = measure(data, torch.from_numpy(np.array(arrays["x"])), np.array(arrays["labels"]))
         for key, value in result.items():

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -743,20 +744,19 @@ def test_other_policies_paths_and_targets_train_and_sample(folder, tmp_path, cha
     assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].std() > 0
 
 
-def launch(processes, program, argv):
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
+def launch(processes, program, argv, *options):
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
     return subprocess.Popen([*command, str(HERE / program), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_the_run_and_its_samples_do_not_depend_on_the_number_of_processes(folder, tmp_path):
-    for n in (1, 2, 4):
-        argv = flags(folder, tmp_path / str(n))
-        if n == 1:
-            assert run(argv) == 0
-        else:
-            job = launch(n, "train_sit.py", argv)
-            assert job.wait(120) == 0, job.stdout.read()
-        np.testing.assert_allclose(log_of(tmp_path / str(n)), log_of(tmp_path / "1"), rtol=2e-3)
+    assert run(flags(folder, tmp_path / "1")) == 0
+    for n, steps in ((4, 3), (2, 6)):                                 # begun on 4 processes, ended on 2
+        job = launch(n, "train_sit.py", flags(folder, tmp_path / "parts") + ["--steps", steps])
+        assert job.wait(120) == 0, job.stdout.read()
+    np.testing.assert_allclose(log_of(tmp_path / "parts"), log_of(tmp_path / "1"), rtol=2e-3)
     argv = ["--checkpoint", tmp_path / "1", "--count", 7, "--sampler", "sde", "--steps", 4, "--guidance", 1.5]
     assert run(argv + ["--out", tmp_path / "a"], sample) == 0
     assert run(argv + ["--out", tmp_path / "b", "--batch", 3], sample) == 0
@@ -789,6 +789,181 @@ def test_killed_at_any_moment_the_newest_checkpoint_loads_and_the_run_goes_on(fo
     assert job.returncode == 128 + signal.SIGTERM and f"stopped at step {stopped}" in said
     assert [int(row[0]) for row in log_of(tmp_path)] == list(range(1, stopped + 1))
     assert run(["--checkpoint", tmp_path, "--out", tmp_path / "s", "--count", 2, "--steps", 2], sample) == 0
+
+
+def test_torchrun_restarts_after_a_killed_worker_and_goes_on_from_the_newest_checkpoint(folder, tmp_path):
+    """Process 1 kills itself in step 5 of the first attempt; a checkpoint was written after step 4."""
+    (tmp_path / "main.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train_sit
+update = train_sit.Timesteps.update
+def mortal(self, *arguments):
+    self.calls = getattr(self, "calls", 0) + 1
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01" and self.calls == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, *arguments)
+train_sit.Timesteps.update = mortal
+train_sit.main()
+""")
+    job = launch(2, tmp_path / "main.py", flags(folder, tmp_path / "out") + ["--save_every", 2], "--max-restarts=1")
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0 and "done: 6 steps" in said, said
+    assert run(flags(folder, tmp_path / "whole")) == 0
+    np.testing.assert_allclose(log_of(tmp_path / "out"), log_of(tmp_path / "whole"), rtol=2e-3)
+
+
+def fast_dit(folder, n=64, size=8):
+    """A folder in fast-DiT's layout."""
+    for kind in ("features", "labels"):
+        (folder / f"imagenet256_{kind}").mkdir(parents=True)
+    for i in range(n):
+        np.save(folder / "imagenet256_features" / f"{i}.npy", torch.randn(1, 4, size, size, generator=seeded(i)).numpy())
+        np.save(folder / "imagenet256_labels" / f"{i}.npy", np.array([i % 10]))
+    return folder
+
+
+def test_data_lost_under_a_running_job_end_all_processes_with_one_line(tmp_path):
+    data = fast_dit(tmp_path / "data")
+    job = launch(2, "train_sit.py", flags(data, tmp_path / "out", repa=False, timesteps="uniform") + ["--save_every", 1, "--steps", 100_000])
+    while train_sit.newest_checkpoint(tmp_path / "out") is None:
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.02)
+    for file in (data / "imagenet256_features").iterdir():
+        if file.name != "0.npy" and int(file.stem) % 2:
+            file.unlink()
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0 and said.count("No such file") == 1 and "Traceback" not in said.split("exitcode: 1")[0], said
+    assert train_sit.load_model(train_sit.newest_checkpoint(tmp_path / "out"))[1]["step"] >= 1
+
+
+def test_a_full_disk_ends_all_processes_with_one_line_and_keeps_the_last_whole_checkpoint(folder, tmp_path):
+    import resource
+    assert run(flags(folder, tmp_path)) == 0
+    good = train_sit.newest_checkpoint(tmp_path)
+    command = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6)); import train_sit; train_sit.main()"
+    (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {command}")
+    job = launch(2, tmp_path / "main.py", flags(folder, tmp_path) + ["--steps", 9, "--save_every", 2])
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0 and said.count("cannot write") == 1 and f"checkpoint is {good}" in said, said
+    assert train_sit.newest_checkpoint(tmp_path) == good and not list(tmp_path.glob("*.tmp"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("changes", [{}, dict(align="nt_xent", timesteps="vr_loss"), dict(fpo="off"), dict(repa=False, weighting="hard_sample", fpo="off")],
+                         ids=["default", "nt_xent", "no FPO", "hard"])
+def test_accumulation_is_the_same_run_and_only_a_ranking_costs_a_second_forward_pass(folder, tmp_path, changes, monkeypatch):
+    forward, calls = train_sit.SiT.forward, []
+    monkeypatch.setattr(train_sit.SiT, "forward", lambda self, x, *a, **k: calls.append(len(x)) or forward(self, x, *a, **k))
+    monkeypatch.setattr(train_sit, "write_pictures", lambda *_: None)
+    assert run(flags(folder, tmp_path / "1", **changes)) == 0
+    assert calls == [8] * 6
+    assert run(flags(folder, tmp_path / "4", **changes) + ["--accumulate", 4]) == 0
+    assert calls[6:] == [2] * 6 * (4 if changes.get("fpo") == "off" and "weighting" not in changes else 8)
+    np.testing.assert_allclose(log_of(tmp_path / "4"), log_of(tmp_path / "1"), rtol=1e-3)
+
+
+def test_checkpointing_makes_the_same_run_and_runs_every_block_once_more(folder, tmp_path, trained, monkeypatch):
+    modulate, calls = train_sit.modulate, []
+    monkeypatch.setattr(train_sit, "modulate", lambda *a: calls.append(1) or modulate(*a))
+    monkeypatch.setattr(train_sit, "write_pictures", lambda *_: None)
+    assert run(flags(folder, tmp_path) + ["--checkpointing", "--steps", 3]) == 0
+    np.testing.assert_allclose(log_of(tmp_path), log_of(trained)[:3], rtol=1e-3)
+    assert len(calls) == 3 * (6 * 2 + 6 * 2 + 1)                      # six blocks, twice; the last layer
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_make_the_same_run_and_are_compiled_once_for_all(folder, tmp_path, trained):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert run(flags(folder, tmp_path) + ["--compile", "on", "--steps", 3]) == 0
+    np.testing.assert_allclose(log_of(tmp_path), log_of(trained)[:3], rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1 and train_sit.load_model(train_sit.newest_checkpoint(tmp_path))[1]["step"] == 3
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    for arch in ({**SMALL, "feature_dim": 7}, {**train_sit.MODELS["SiT-S/2"], "feature_dim": 768}):
+        with torch.device("meta"), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model = train_sit.SiT(**arch)
+            size, channels = model.arch["size"], model.channels
+            for features in (False, True):
+                with FlopCounterMode(display=False) as counter:
+                    model(torch.empty(1, channels, size, size), torch.empty(1), torch.empty(1, dtype=torch.long), features=features)
+                assert train_sit.forward_flops(model, features) == counter.get_total_flops()
+
+
+def test_bench_reports_and_keeps_nothing(folder, tmp_path, capsys):
+    assert run(flags(folder, tmp_path) + ["--bench", 2]) == 0
+    said = capsys.readouterr().out
+    assert "TFLOP/s" in said and "images/s from" in said and not list(tmp_path.iterdir())
+    assert train_sit.matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+@pytest.fixture
+def latents(tmp_path, monkeypatch):
+    """A data set of 4 x 8 x 8 latents with images and 16 feature tokens, and a network "nano" for it."""
+    folder, random = tmp_path / "latents", np.random.RandomState(0)
+    folder.mkdir()
+    np.save(folder / "latents.npy", random.randn(64, 4, 8, 8).astype(np.float32) * 5)
+    np.save(folder / "labels.npy", np.arange(64) % 10)
+    np.save(folder / "features.npy", random.randint(-127, 128, (64, 16, 12)).astype(np.int8))
+    np.save(folder / "images.npy", random.randint(0, 256, (64, 3, 64, 64)).astype(np.uint8))
+    (folder / "meta.json").write_text(json.dumps(dict(scale=0.2, bias=0.0, num_classes=10, vae="some/vae")))
+    monkeypatch.setitem(train_sit.MODELS, "nano", dict(depth=2, width=32, heads=4, encoder_depth=1, patch=2, projector_width=32))
+    monkeypatch.setitem(train_sit.ACCEPTED, "model", list(train_sit.MODELS))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["REPA", "SiT"])
+def test_a_new_run_starts_from_published_weights(latents, tmp_path, kind):
+    torch.manual_seed(0)
+    model = train_sit.SiT(8, 4, 10, **train_sit.MODELS["nano"], feature_dim=12 if kind == "REPA" else None)
+    if kind == "SiT":
+        model.final_layer = train_sit.FinalLayer(32, 2 * 2 * 8)
+    state = awake(model).state_dict()
+    torch.save({"model": {}, "ema": state, "args": argparse.Namespace()} if kind == "REPA" else state, tmp_path / "init.pt")
+    argv = flags(latents, tmp_path / "out", model="nano", init=tmp_path / "init.pt") + ["--lr", 0, "--steps", 1]
+    assert run(argv) == 0 and run(argv + ["--steps", 2]) == 0
+    ours, _ = train_sit.load_model(train_sit.newest_checkpoint(tmp_path / "out"), ema=False)
+    theirs, _ = train_sit.load_model(tmp_path / "init.pt")
+    for a, b in zip(ours(*inputs(2, 8, 4)), theirs(*inputs(2, 8, 4))):
+        torch.testing.assert_close(a, b)
+    assert "trained with --path linear" in run(argv + ["--out", tmp_path / "other", "--path", "cosine"])
+    assert "another architecture" in run(argv + ["--out", tmp_path / "other", "--model", "tiny", "--no-repa"])
+
+
+def test_an_encoder_on_line_is_as_good_as_its_stored_features(latents, tmp_path, monkeypatch):
+    from data import imagenet
+    project = torch.randn(3 * 16 * 16, 12, generator=seeded(50))
+    encode = lambda images: F.unfold(images.float() / 255, 16, stride=16).transpose(1, 2) @ project             # (B, 16, 12)
+    monkeypatch.setattr(imagenet, "load_encoder", lambda name, size, device: encode if (name, size) == ("mine", 64) else None)
+    argv = flags(latents, tmp_path / "a", model="nano") + ["--steps", 2]
+    assert run(argv + ["--encoder", "mine"]) == 0
+    images = torch.from_numpy(np.load(latents / "images.npy"))
+    np.save(latents / "features.npy", encode(images).numpy())
+    assert run(argv + ["--out", tmp_path / "b"]) == 0
+    np.testing.assert_allclose(log_of(tmp_path / "a"), log_of(tmp_path / "b"), rtol=1e-4)
+
+
+def test_samples_are_decoded_a_few_at_a_time(latents, tmp_path, monkeypatch, capsys):
+    from data import imagenet
+    sizes = []
+
+    class Enlarge:                                                    # latent x 8 pixels, as the real one; scale undone first
+        def decode(self, z):
+            sizes.append(len(z))
+            return argparse.Namespace(sample=F.interpolate(z[:, :3], scale_factor=8.0) / 20)
+
+    monkeypatch.setattr(imagenet, "load_vae", lambda name, device: Enlarge())
+    assert run(flags(latents, tmp_path / "run", model="nano", repa=False) + ["--steps", 1]) == 0
+    argv = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "s", "--count", 19, "--steps", 1, "--vae", "some/vae", "--amp", "tf32"]
+    assert run(argv, sample) == 0 and max(sizes) == 8
+    said, kept = capsys.readouterr().out, np.load(tmp_path / "s" / "samples.npz")
+    assert "evaluator.py" in said and kept["arr_0"].shape == (19, 64, 64, 3) and json.loads(str(kept["settings"]))["vae"] == "some/vae"
+    x, _, _ = sample.generate(*train_sit.load_model(train_sit.newest_checkpoint(tmp_path / "run")), sample.Config(steps=1), np.arange(19), torch.device("cpu"))
+    expected = (x[:, :3] / 0.2 / 20 + 1) * 127.5
+    assert np.abs(kept["arr_0"][:, ::8, ::8].transpose(0, 3, 1, 2) - expected.clamp(0, 255).numpy()).max() <= 0.51
 
 
 def test_sampling_never_runs_the_projector(trained):

@@ -10,6 +10,8 @@ loop optimises is in fpo.py. The run does not depend on the number of processes:
 drops and FPO's ranking belong to the global batch, and every process takes its slice. Letters as in fpo.py.
 """
 import argparse
+import collections
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -32,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fpo
 
@@ -73,6 +76,12 @@ class Config:
     save_every: int = 350                 # steps between checkpoints
     keep: int = 2                         # checkpoints kept
     guidance: float = 2.0                 # guidance of the pictures
+    init: str = ""                        # checkpoint, ours or published, whose weights a new run starts from
+    encoder: str = ""                     # encoder run on the data's images in place of features: dinov2_vitb14
+    accumulate: int = 1                   # parts that a process's batch is cut into; FPO then takes a forward pass more
+    checkpointing: bool = False           # recompute the blocks in the backward pass: less memory, more time
+    compile: str = "auto"                 # compile the blocks; auto: on CUDA
+    bench: int = 0                        # time this many steps after as many others, and keep nothing
 
 
 SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
@@ -84,16 +93,18 @@ ACCEPTED = dict(                          # a list of names, or the least and th
     model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent"],
     fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
     timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
-    steps=COUNT, batch=COUNT, log_every=COUNT, sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
+    compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=COUNT, batch=COUNT, log_every=COUNT, sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
     lr=AMOUNT, clip=AMOUNT, repa_weight=AMOUNT, ema=SHARE, vr_uniform=SHARE, label_dropout=SHARE, fpo_align_from=SHARE,
     seed=(0, 2 ** 31))
-FREE_ON_RESUME = "out data steps amp log_every sample_every save_every keep guidance baseline".split()
+FREE_ON_RESUME = ("out data steps amp log_every sample_every save_every keep guidance baseline init accumulate "
+                  "checkpointing compile bench").split()
 LOG = "step loss align grad_norm moved ess lr images_per_s".split()          # README says what they are
 
 
-def fail(message):
-    """End the program with one line, said by one process only."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+def fail(message, anywhere=False):
+    """End the program with one line, said by process 0 only unless anywhere."""
+    speak = anywhere or os.environ.get("RANK", "0") == "0"
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if speak else 1)
 
 
 def parse_flags(kind, accepted, argv=None, description=None):
@@ -203,6 +214,7 @@ class SiT(nn.Module):
             raise ValueError(f"SiT: {size} x {size} latents do not cut into patches of {patch} or {width} into {heads}")
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.channels, self.encoder_depth, self.num_classes = patch, channels, encoder_depth, num_classes
+        self.checkpointing = False                     # True: keep no activations of the blocks, recompute them
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
         mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -234,8 +246,9 @@ class SiT(nn.Module):
         p = self.patch
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed      # (B, T, D)
         c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)   # (B, D)
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for depth, block in enumerate(self.blocks, 1):
-            h = block(h, c)
+            h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
             if features and depth == self.encoder_depth:
                 z = self.projectors[0](h)                                               # (B, T, feature_dim)
         out = self.final_layer(h, c).view(B, H // p, W // p, p, p, C)
@@ -256,38 +269,52 @@ def as_velocity(model, predict="v", path="linear"):
 
 
 class Latents:
-    """latents.npy (N, C or 2C, H, W), labels.npy (N,), features.npy (N, T, D) if asked for, meta.json.
+    """latents.npy (N, C or 2C, H, W), labels.npy (N,), features.npy (N, T, D) or images.npy if asked for, meta.json.
 
+    REPA's and fast-DiT's folders are read as they lie (data/imagenet.py repacks them, which is faster to read).
     What the model sees is (latents - bias) * scale; with meta["moments"] the channels are mean and std, sampled first.
     Raises ValueError, in one line, for a folder that no model should be trained on.
     """
 
-    def __init__(self, folder, features=False):
-        self.folder, arrays = Path(folder), {}
+    def __init__(self, folder, features=False, images=False):
+        self.folder = Path(folder)
+        wanted = ["latents", "labels"] + ["features"] * features + ["images"] * images
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            classes, _, _ = (self.meta[key] for key in ("num_classes", "scale", "bias"))
-            for name in ["latents", "labels"] + ["features"] * features:
-                arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if (self.folder / "meta.json").exists():
+                self.meta = json.loads((self.folder / "meta.json").read_text())
+                arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                          for name in wanted}
+            else:
+                from data import imagenet
+                self.meta, arrays = imagenet.read_foreign(self.folder)
+                arrays = {name: arrays[name] for name in wanted}
+            self.classes, _, _ = (self.meta[key] for key in ("num_classes", "scale", "bias"))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features): "
                              f"{type(error).__name__} {error}") from None
-        self.latents, self.labels, self.features = (arrays.get(name) for name in ("latents", "labels", "features"))
+        self.latents, self.labels = arrays["latents"], arrays["labels"]
+        self.targets = arrays.get("features", arrays.get("images"))          # REPA's, or what its encoder looks at
         shapes = {name: array.shape for name, array in arrays.items()}
-        if (any(len(shape) != dict(latents=4, labels=1, features=3)[name] for name, shape in shapes.items())
+        if (any(len(shape) != dict(latents=4, labels=1, features=3, images=4)[name] for name, shape in shapes.items())
                 or len({shape[0] for shape in shapes.values()}) > 1 or shapes["latents"][2] != shapes["latents"][3]):
-            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) if any are "
-                             f"needed, not {shapes}")
-        if self.labels.min() < 0 or self.labels.max() >= classes:
-            raise ValueError(f"data folder {folder}: labels from {self.labels.min()} to {self.labels.max()}, but 0 to "
-                             f"{classes - 1} are accepted (num_classes in meta.json)")
+            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) and images "
+                             f"(N, 3, S, S) if any are needed, not {shapes}")
+        if isinstance(self.labels, np.ndarray):                              # files one by one: only as they are read
+            self.check(self.labels)
         self.moments = bool(self.meta.get("moments", False))
         self.channels, self.size = self.latents.shape[1] // (2 if self.moments else 1), self.latents.shape[2]
 
+    def check(self, labels):
+        if labels.min() < 0 or labels.max() >= self.classes:
+            raise ValueError(f"data folder {self.folder}: labels from {labels.min()} to {labels.max()}, but 0 to "
+                             f"{self.classes - 1} are accepted (num_classes in meta.json)")
+
     def batch(self, rows):
-        """Rows (B,) as they lie on disk: latents, labels, features or None."""
+        """Rows (B,) as they lie on disk: latents, labels, and targets (features or images) or None."""
         take = lambda a: None if a is None else torch.from_numpy(a[rows])
-        return take(self.latents), take(self.labels).long(), take(self.features)
+        labels = self.labels[rows]
+        self.check(labels)
+        return take(self.latents), torch.from_numpy(labels).long(), take(self.targets)
 
     def see(self, latents, noise):
         """What the model sees: (B, C or 2C, H, W) from the disk, noise (B, C, H, W) -> (B, C, H, W) float32."""
@@ -302,7 +329,7 @@ class Latents:
         rows = np.random.RandomState(seed).permutation(len(self.labels))[:n]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(rows), self.channels, self.size, self.size, generator=generator)
-        return self.see(self.batch(rows)[0], noise)
+        return self.see(torch.from_numpy(self.latents[rows]), noise)
 
     def describe(self):
         """What the model will see, in one line; ValueError when its deviation is far from 1."""
@@ -311,8 +338,8 @@ class Latents:
             raise ValueError(f"the model would see latents of deviation {x.std():.3g}, far from 1 (0.5 to 2 is "
                              f"accepted): is the scale {self.meta['scale']} in meta.json wrong?")
         mean, std = ([round(v, 3) for v in f(x, dim=(0, 2, 3)).tolist()] for f in (torch.mean, torch.std))
-        tokens = "no features" if self.features is None else f"features {self.features.shape[1:]}"
-        return (f"data: {len(self.labels)} latents {tuple(x.shape[1:])}, {self.meta['num_classes']} classes, {tokens}; "
+        targets = "none" if self.targets is None else tuple(self.targets.shape[1:])
+        return (f"data: {len(self.labels)} latents {tuple(x.shape[1:])}, {self.classes} classes, targets {targets}; "
                 f"the model sees mean {mean} deviation {std}")
 
 
@@ -321,10 +348,7 @@ def data_folder(folder, rank, world):
     if folder != Config.data:
         return folder
     from data import font_digits
-    if rank == 0:
-        font_digits.ensure()
-    if world > 1:
-        dist.barrier()
+    together(lambda: rank or font_digits.ensure(), rank, world)
     return font_digits.FOLDER
 
 
@@ -354,7 +378,8 @@ class Timesteps:
         alpha, sigma, _, _ = path(t)
         V, pdf = None, torch.ones_like(t)
         if self.kind == "vr_gaussian":
-            V = fpo.gaussian_posterior_variance(data.some(8192).flatten(1), alpha / sigma)
+            x = data.some(8192).flatten(1).to("cpu" if device.type == "mps" else device)
+            V = fpo.gaussian_posterior_variance(x, (alpha / sigma).to(x.device)).cpu()
         elif self.kind == "vr_monte_carlo":
             generator = torch.Generator().manual_seed(cfg.seed)
             V = fpo.posterior_variance(data.some(200, cfg.seed).flatten(1), alpha / sigma, 500, generator)
@@ -390,11 +415,17 @@ def save_checkpoint(folder, state, keep):
     """Write folder/step-NNNNNNN.pt whole or not at all, and remove all but the newest keep. Returns its path."""
     path = Path(folder) / f"step-{state['step']:07d}.pt"
     draft = path.with_suffix(".tmp")
-    with open(draft, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:                           # a full disk: torch.save says RuntimeError
+        draft.unlink(missing_ok=True)
+        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
+        raise ValueError(f"cannot write {path} ({str(reason).splitlines()[0]}); the last whole checkpoint is "
+                         f"{newest_checkpoint(folder)}") from None
     for old in (*sorted(Path(folder).glob("step-*.pt"))[:-keep], *Path(folder).glob("step-*.tmp")):
         old.unlink()
     return path
@@ -472,6 +503,19 @@ def load_model(path, ema=True):
     return model.eval().requires_grad_(False), config
 
 
+def start_from(path, model, cfg):
+    """Copy the weights of another checkpoint, its average, into model; only the projector may differ."""
+    other, config = load_model(path)
+    if (config["path"], config["predict"]) != (cfg.path, cfg.predict):
+        raise ValueError(f"--init {path} was trained with --path {config['path']} --predict {config['predict']}")
+    ours, theirs = model.state_dict(), other.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
+    differ = [k for k in ours.keys() | theirs.keys() if k not in fits and not k.startswith("projectors")]
+    if differ or model.arch["heads"] != other.arch["heads"]:
+        raise ValueError(f"--init {path} has another architecture or other data: {other.arch}, not {model.arch}")
+    model.load_state_dict({**ours, **fits})
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -495,13 +539,53 @@ def write_curves(log, path):
     plt.close(figure)
 
 
-def write_samples(model, cfg, meta, path):
-    """A grid of samples at cfg.guidance by sample.py: ten rows, one for each of the first ten classes."""
+def write_pictures(model, cfg, meta, name):
+    """The losses, and samples at cfg.guidance by sample.py: ten rows, one for each of the first ten classes."""
     import sample
     rows = np.arange(10 * min(10, model.num_classes))
     settings = sample.Config(seed=cfg.seed, guidance=cfg.guidance, steps=20, classes=tuple(rows // 10))
     x, _, _ = sample.generate(model, dataclasses.asdict(cfg), settings, rows, next(model.parameters()).device)
-    sample.write_grid(sample.to_pixels(x, meta).numpy(), path)
+    sample.write_grid(sample.to_pixels(x, meta).numpy(), Path(cfg.out) / name)
+    write_curves(Path(cfg.out) / "log.csv", Path(cfg.out) / "loss.png")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# --bench
+
+
+def forward_flops(model, features):
+    """Floating-point operations of a forward pass for one image, the matrix products alone (2 for each multiply-add)."""
+    a, T = model.arch, model.pos_embed.shape[1]
+    D, P, pixels = a["width"], a["projector_width"], a["patch"] ** 2 * a["channels"]
+    block = 2 * T * 12 * D * D + 4 * T * T * D + 2 * 6 * D * D        # qkv, proj, mlp; q k^T and its product with v; adaLN
+    ends = 2 * T * 2 * D * pixels + 2 * (256 * D + D * D) + 2 * 2 * D * D         # patches in and out; time; final adaLN
+    return a["depth"] * block + ends + (2 * T * (D * P + P * P + P * a["feature_dim"]) if features else 0)
+
+
+def matmul_rate(device, dtype):
+    """Measured FLOP/s of large square matrix products: the roof of the device."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        (a @ a)[0, 0].item()                                           # waits for all of them
+        best = min(best, time.perf_counter() - start)
+    return 6 * 2 * n ** 3 / best
+
+
+def bench_report(cfg, model, data, device, world, images_per_s):
+    """Print images/s, model FLOP/s (3 forward passes a step), their share of the roof, and how fast the data are read."""
+    flops = 3 * forward_flops(model, cfg.repa) * images_per_s
+    roof = world * matmul_rate(device, torch.bfloat16 if cfg.amp == "bf16" else torch.float32)
+    start, n = time.time(), len(data.labels)
+    for step in range(5):
+        data.batch(rows_of(step, cfg.batch, cfg.seed + 1, n))
+    memory = f"; peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else ""
+    print(f"\n{images_per_s / cfg.batch:.2f} steps/s, {images_per_s:.0f} images/s; {flops / 1e12:.2f} TFLOP/s of the "
+          f"model, {flops / roof:.0%} of {roof / 1e12:.2f} in large {cfg.amp} matrix products{memory}\n"
+          f"reading: {5 * cfg.batch / (time.time() - start):.0f} images/s from {data.folder} by one thread (3 read)")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -518,6 +602,25 @@ def start_processes():
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def together(work, rank, world, signals=()):
+    """work() in every process -> its result, and the highest signal that any process got.
+
+    Where it raises OSError or ValueError in one process, all end: the first of them says why, in one line. A barrier.
+    """
+    result = error = None
+    try:
+        result = work()
+    except (OSError, ValueError) as problem:
+        error = ValueError(problem)
+    agreed = torch.tensor([max(signals, default=0), 0 if error is None else world - rank])
+    if world > 1:
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)                     # between the CPUs: no GPU waits
+    signal, first = agreed.tolist()
+    if first:
+        raise error if first == world - rank else SystemExit(1)
+    return result, signal
 
 
 def bf16_is_faster(device):
@@ -571,54 +674,64 @@ def writable(folder, rank):
     return folder
 
 
-def prepare(cfg):
+def prepare(cfg, folder, rank, world, device):
     """All that can refuse to start, before any work: flags, data, a writable folder, the checkpoint to resume from."""
     if cfg.baseline:
         cfg.repa, cfg.fpo, cfg.timesteps = False, "off", "uniform"
     fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
     if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
         raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo off or alignment")
-    rank, world, device = start_processes()
-    if cfg.batch % world:
-        raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes")
-    data = Latents(data_folder(cfg.data, rank, world), features=cfg.repa)
+    if cfg.batch % (world * cfg.accumulate):
+        raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes"
+                         + f" x {cfg.accumulate} parts" * (cfg.accumulate > 1))
+    if cfg.bench:
+        cfg.steps, cfg.log_every = 2 * cfg.bench, cfg.bench
+    on_line = cfg.encoder if cfg.repa else ""
+    data = Latents(folder, features=cfg.repa and not on_line, images=bool(on_line))
     seen, tokens = data.describe(), (data.size // MODELS[cfg.model]["patch"]) ** 2
-    if cfg.repa and data.features.shape[1] != tokens:
-        raise ValueError(f"features.npy has {data.features.shape[1]} tokens an image, but --model {cfg.model} cuts "
+    encode = lambda targets: targets
+    if on_line:
+        from data import imagenet
+        encode = imagenet.load_encoder(on_line, data.targets.shape[2], device)
+    shape = tuple(encode(data.batch(np.arange(1))[2].to(device)).shape[1:]) if cfg.repa else (tokens, None)
+    if shape[0] != tokens:
+        raise ValueError(f"the data have features of {shape[0]} tokens an image, but --model {cfg.model} cuts "
                          f"{data.size} x {data.size} latents into {tokens} patches")
     torch.manual_seed(cfg.seed)
-    model = SiT(data.size, data.channels, data.meta["num_classes"], **MODELS[cfg.model],
-                feature_dim=data.features.shape[2] if cfg.repa else None)
+    model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=shape[1])
     parameters = sum(p.numel() for p in model.parameters())
     out, need = writable(cfg.out, rank), 32 * parameters / 1e9            # two checkpoints of 4 float32 copies, in GB
-    if (free := shutil.disk_usage(out).free / 1e9) < need:
+    if (free := shutil.disk_usage(out).free / 1e9) < need and not cfg.bench:
         raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
-    newest = newest_checkpoint(out)
+    newest = None if cfg.bench else newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
     if saved is not None and not (isinstance(saved, dict) and "config" in saved):
         raise ValueError(f"{newest} is no checkpoint of train_sit.py: choose another --out")
     for name, value in dataclasses.asdict(cfg).items():
-        if saved and name not in FREE_ON_RESUME and saved["config"].get(name) != value:
-            was = saved["config"].get(name)
+        if saved and name not in FREE_ON_RESUME and (was := saved["config"].get(name, getattr(Config, name))) != value:
             raise ValueError(f"{newest} was made with --{name} {was}, not {value}: choose another --out")
     if saved and saved["arch"] != model.arch:
         raise ValueError(f"{newest} was made for other data (size, channels, classes, features): choose another --out")
+    if cfg.init and not saved:
+        start_from(cfg.init, model, cfg)
     if cfg.amp == "auto":
-        choice = [saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"]
-        if world > 1:                                                  # a measurement: all take that of process 0
-            dist.broadcast_object_list(choice, 0)
-        cfg.amp = choice[0]
+        cfg.amp = saved["config"]["amp"] if saved else "bf16" if bf16_is_faster(device) else "fp32"
     if rank == 0:
         print(" ".join(f"--{k} {v}" for k, v in dataclasses.asdict(cfg).items()))
-        print(f"{device.type}, {cfg.amp}; {parameters / 1e6:.1f} M parameters; "
-              f"global batch {cfg.batch} = {world} processes x {cfg.batch // world}\n{seen}")
-    return rank, world, device, data, model, saved
+        print(f"{device.type}; {parameters / 1e6:.1f} M parameters; global batch {cfg.batch} = {world} processes x "
+              f"{cfg.accumulate} parts x {cfg.batch // world // cfg.accumulate}\n{seen}")
+    return data, model, encode, saved
 
 
 def train(cfg):
     """The whole run; returns the exit status: 0, or 128 + the signal that stopped it."""
     from tqdm import tqdm
-    rank, world, device, data, model, saved = prepare(cfg)
+    rank, world, device = start_processes()
+    folder = data_folder(cfg.data, rank, world)
+    (data, model, encode, saved), _ = together(lambda: prepare(cfg, folder, rank, world, device), rank, world)
+    if world > 1:                                                      # auto is a measurement: all take process 0's
+        dist.broadcast_object_list(choice := [cfg.amp], 0)
+        cfg.amp = choice[0]
     model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
@@ -631,55 +744,108 @@ def train(cfg):
     if rank == 0 and cfg.timesteps.startswith("vr"):
         print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
             *fpo.logit_normal_location(timesteps.state["t"].cpu(), timesteps.state["pdf"].cpu())))
-    net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    model.checkpointing = cfg.checkpointing
+    for block in model.blocks if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda" else ():
+        block.compile()                                                # one block is compiled, all share it
+    model._ddp_params_and_buffers_to_ignore = ["pos_embed"]            # constant: not to be broadcast in every step
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     parameters, averages = list(model.parameters()), list(ema.parameters())
 
     out, shape, b = Path(cfg.out), (data.channels, data.size, data.size), cfg.batch // world
     mine = slice(rank * b, (rank + 1) * b)
+    parts = [slice(k, k + b // cfg.accumulate) for k in range(0, b, b // cfg.accumulate)]
+    ranked = cfg.fpo != "off" or cfg.weighting == "hard_sample"
     scale = torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)                # [REPA Eq. 9]
-    reader, signals = ThreadPoolExecutor(1), []
-    load = lambda step: reader.submit(lambda: data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine]))
+
+    def fetch(step):
+        arrays = data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine])
+        return [a.pin_memory() if device.type == "cuda" and a is not None else a for a in arrays]
+
+    def losses_of(part):
+        """The losses of one part of this process's batch: (1 or 2, part), velocity and alignment."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
+            prediction = net(x_t[part], t[mine][part], y[part], features=cfg.repa)
+        prediction, z = prediction if cfg.repa else (prediction, None)
+        losses = [fpo.velocity_loss(prediction, {"v": v, "x": x, "eps": eps}[cfg.predict][part])]
+        if cfg.repa and cfg.align == "cosine":
+            losses.append(fpo.alignment_loss(z, features[part]))
+        elif cfg.repa:
+            losses.append(fpo.nt_xent_loss(z, all_features, first=mine.start + part.start))
+        return torch.stack(losses)
+
+    def record():
+        """Rows of log.csv, checkpoints and pictures, where due; ValueError for a loss that was not finite."""
+        if first_bad < never:
+            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is "
+                             f"{newest_checkpoint(out)}")
+        if rank > 0:
+            return
+        images_per_s = cfg.batch * cfg.log_every / (time.time() - since)
+        if cfg.bench:
+            return step < cfg.steps or bench_report(cfg, ema, data, device, world, images_per_s)
+        if log:
+            values, (moved, ess) = (running / cfg.log_every).tolist(), fpo.weight_moved(c[0])
+            row = [step, values[0], values[1] if cfg.repa else "", values[-1], moved.item(), ess.item() / cfg.batch,
+                   group["lr"], images_per_s]
+            with open(out / "log.csv", "a", newline="") as f:
+                csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+            bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
+        if save or stopping:
+            save_checkpoint(out, dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+                                      timesteps=timesteps.state, config=dataclasses.asdict(cfg), arch=model.arch,
+                                      meta=data.meta), cfg.keep)
+        if picture:
+            write_pictures(ema, cfg, data.meta, f"samples-{step:07d}.png")
+
+    reader, signals = ThreadPoolExecutor(3), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    if rank == 0:                                          # rows after the checkpoint will be written again
+    if rank == 0 and not cfg.bench:                        # rows after the checkpoint will be written again
         old = (out / "log.csv").read_text().splitlines() if step and (out / "log.csv").exists() else []
         rows = [row for row in old[1:] if int(row.split(",")[0]) <= step]
         (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
-    first_bad, running, since = torch.tensor(never, device=device), 0, time.time()
-    upcoming, stopping = load(step), 0
+    first_bad, running, since, stopping = torch.tensor(never, device=device), 0, time.time(), 0
+    upcoming = collections.deque(reader.submit(fetch, step + k) for k in range(3))
 
-    while step < cfg.steps and not stopping:
-        latents, y, features = upcoming.result()
-        upcoming = load(step + 1)
+    while step < cfg.steps:
+        batch, stopping = together(upcoming.popleft().result, rank, world, signals)
+        if stopping:
+            break
+        upcoming.append(reader.submit(fetch, step + 3))
+        latents, y, targets = (a if a is None else a.to(device, non_blocking=True) for a in batch)
         # The whole global batch's randomness, from (seed, step); this process uses its slice.
         random = torch.Generator(device).manual_seed(cfg.seed * 2 ** 32 + step)
         eps = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine]
         u, drop = torch.rand(2, cfg.batch, generator=random, device=device)
         noise = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine] if data.moments else None
         t = timesteps.draw(u)                                                           # (B,), of the global batch
-        y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y.to(device))
-        x = data.see(latents.to(device), noise)
+        y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y)
+        x = data.see(latents, noise)
         x_t, v = fpo.interpolate(x, eps, t[mine], path)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
-            prediction = net(x_t, t[mine], y, features=cfg.repa)
-        prediction, z = prediction if cfg.repa else (prediction, None)
-        losses = [fpo.velocity_loss(prediction, {"v": v, "x": x, "eps": eps}[cfg.predict])]
-        if cfg.repa and cfg.align == "cosine":
-            losses.append(fpo.alignment_loss(z, features.to(device)))
-        elif cfg.repa:
-            losses.append(fpo.nt_xent_loss(z, gathered(features.to(device), world, 0), first=mine.start))
-        losses = torch.stack(losses)                                                    # (2, b): velocity, alignment
-        everyone = gathered(losses, world, 1)                                           # (2, B)
-        c = sample_weights(cfg, everyone, t)                                            # [FPO Thm. 3.3], detached
-        loss = (c[:, mine] * losses).mean(1) @ scale
+        features = encode(targets)                                                      # (b, T, D)
+        all_features = gathered(features, world, 0) if cfg.repa and cfg.align == "nt_xent" else None
 
         for group in opt.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         opt.zero_grad()
-        loss.backward()
+        if len(parts) == 1:
+            losses = losses_of(parts[0])
+        elif ranked:                  # FPO ranks the whole batch: its losses first, by a forward pass without gradients
+            with torch.no_grad():
+                losses = torch.cat([losses_of(part) for part in parts], 1)
+        else:
+            losses = torch.zeros(1 + cfg.repa, b, device=device)                        # the weights depend on t alone
+        everyone = gathered(losses, world, 1)                                           # (2, B)
+        c = sample_weights(cfg, everyone, t)                                            # [FPO Thm. 3.3], detached
+        done = []
+        for part in parts:
+            with net.no_sync() if world > 1 and part != parts[-1] else contextlib.nullcontext():
+                done.append(losses if len(parts) == 1 else losses_of(part))
+                ((c[:, mine][:, part] * done[-1]).sum(1) / b @ scale).backward()
+        if len(parts) > 1:
+            everyone = gathered(torch.cat(done, 1), world, 1)
         norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
         opt.step()
         torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
@@ -690,43 +856,24 @@ def train(cfg):
         running = running + means
         first_bad = torch.where(means.isfinite().all(), first_bad, first_bad.clamp_max(step))
         log, save = step % cfg.log_every == 0, step % cfg.save_every == 0 or step == cfg.steps
-        stopping = max(signals, default=0)
-        if world > 1:                                                                   # all stop at the same step
-            agreed = torch.tensor(stopping)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            stopping = int(agreed)
-        if (log or save or stopping) and first_bad < never:
-            bar.close()
-            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is "
-                             f"{newest_checkpoint(out)}")
-        if rank > 0:
-            continue
+        picture = step % cfg.sample_every == 0 and step < cfg.steps
         bar.update()
+        if log or save or picture:
+            together(record, rank, world)
         if log:
-            values = (running / cfg.log_every).tolist()
-            moved, ess = fpo.weight_moved(c[0])
-            row = [step, values[0], values[1] if cfg.repa else "", values[-1], moved.item(), ess.item() / cfg.batch,
-                   group["lr"], cfg.batch * cfg.log_every / (time.time() - since)]
-            with open(out / "log.csv", "a", newline="") as f:
-                csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
-            bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
             running, since = 0, time.time()
-        if save or stopping:
-            save_checkpoint(out, dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                                      timesteps=timesteps.state, config=dataclasses.asdict(cfg), arch=model.arch,
-                                      meta=data.meta), cfg.keep)
-        if step % cfg.sample_every == 0 and step < cfg.steps:
-            write_samples(ema, cfg, data.meta, out / f"samples-{step:07d}.png")
-            write_curves(out / "log.csv", out / "loss.png")
 
     bar.close()
     reader.shutdown(cancel_futures=True)
-    if rank == 0 and not stopping:
-        write_samples(ema, cfg, data.meta, out / "samples.png")
-        write_curves(out / "log.csv", out / "loss.png")
-        print(f"done: {step} steps. In {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-    elif rank == 0:
-        print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on")
+    if stopping:
+        log = picture = False
+        together(record, rank, world)
+    elif not cfg.bench:
+        together(lambda: rank or write_pictures(ema, cfg, data.meta, "samples.png"), rank, world)
+    if rank == 0 and not cfg.bench:
+        print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on"
+              if stopping else
+              f"done: {step} steps. In {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     if world > 1:
         dist.destroy_process_group()
     return 128 + stopping if stopping else 0
@@ -737,7 +884,7 @@ def main(argv=None):
     try:
         sys.exit(train(cfg))
     except ValueError as error:
-        fail(error)
+        fail(error, anywhere=True)
 
 
 if __name__ == "__main__":
