@@ -1,4 +1,4 @@
-"""The method, as pure functions on tensors: stochastic interpolants, REPA, FPO, VR-sampling, samplers.
+"""The method, as pure functions on tensors: stochastic interpolants, REPA, FPO, VRPO, VR-sampling, samplers.
 
 Every function lifts out alone: torch and its arguments, nothing global. Where one calls a neighbour, its docstring says
 "needs". Time runs from data to noise: t = 0 is data, t = 1 is noise, everywhere.
@@ -10,6 +10,7 @@ Sources, as cited below:
     [REPA]  Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think
     [VR]    VR-Sampling: Accelerating Flow Generative Model Training with Variance Reduction Sampling
             (its t is our 1 - t, its velocity is minus ours)
+    [VRPO]  Improving Visual Representation Alignment Generation with GRPO
 Letters: B batch, N samples that share one set of weights, C H W latent, T timesteps (or tokens), D width.
 """
 import math
@@ -230,6 +231,118 @@ def min_snr_weights(t, path=linear, gamma=5.0):
 def weight_moved(w):
     """Share of the batch's weight that w (N,), sum N, moves away from uniform, and its effective sample size."""
     return (w - 1).abs().sum() / (2 * len(w)), w.sum() ** 2 / w.square().sum()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Visual Representation Policy Optimization: representation alignment as a reward
+#
+# [VRPO]'s equations are blank in its text. This is a reconstruction from its prose, propositions and appendix:
+#     rewards r_ki   fidelity = frechet_reward - perceptual_distance, semantic = -alignment_loss(h, y), stability_reward
+#     R_i = sum_k w_k r_ki                                 w = (0.3, 0.5, 0.2), or ~ 1 / Var r_k             [Eq. 5, 12]
+#     L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R        minimised: velocity loss + lambda_0 mean(L_i)  [Eq. 7-11, 14]
+# Chosen, where the text is silent: the gradient goes through the rewards (Prop. 2 and 5 need it, though the text also
+# speaks of log-probabilities), not through w, mu, sigma, Var R. Var is total, within and across batches. FID compares
+# pooled projected h with pooled y; it and LPIPS weigh 1 each. The values of decay, eta and the floors.
+#
+# Where mathematics, and the tests, disagree with the paper:
+# - Thm. 6, the alignment gradient fades: it is (1 + eta Var R) / sigma_R times that of -R, so it *grows* as R settles,
+#   up to the floor of sigma_R. Only a coefficient that falls faster than sigma_R would make the theorem true.
+# - Eq. 7, the baseline: a constant added to a reward changes nothing. VRPO is three losses with moving coefficients.
+# - Thm. 2 needs uncorrelated rewards; and w depends on their units: a reward that hardly varies takes all the weight.
+# - App. 0.A, FID of a batch: B <= D white features are best at sqrt((B - 1) / D) of the right spread, or less.
+
+
+def pooled(h):
+    """The features that frechet_reward compares: mean over unit tokens, in float32 or wider: (B, T, D) -> (B, D)."""
+    return F.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1).mean(1)
+
+
+def frechet_reward(z, mean, cov):
+    """-|m - mean|^2 - tr(S + cov - 2 (S cov)^(1/2)), m, S those of z [VRPO App. 0.A]: (B, D), (D,), (D, D) -> scalar.
+
+    In float64; the root by eigenvalues of a symmetric matrix of size min(B, D), so the gradient exists where S is
+    singular. z: of the *global* batch; where DistributedDataParallel averages, own rows need world times the gradient.
+    """
+    X, mean, cov = (a.to("cpu" if z.device.type == "mps" else z.device).double() for a in (z, mean, cov))
+    distance = (X.mean(0) - mean).square().sum() + cov.trace()
+    X = (X - X.mean(0)) / max(1, len(X) - 1) ** 0.5                              # S = X^T X
+    if len(X) <= len(cov):
+        gram = X @ cov @ X.T                                                     # (B, B)
+    else:
+        value, vector = torch.linalg.eigh(cov)
+        root = vector * value.clamp_min(0).sqrt()
+        gram = root.T @ (X.T @ X) @ root                                         # (D, D)
+    lam = torch.linalg.eigvalsh(gram)
+    tiny = (1e-12 * lam[-1].detach()).clamp_min(1e-60)                           # below: no value and no gradient
+    cross = torch.where(lam > tiny, lam.clamp_min(tiny).sqrt(), 0).sum()
+    return (2 * cross - distance - X.square().sum()).to(z)
+
+
+def perceptual_distance(x_hat, x):
+    """Mean of |x_hat - x| over pixels and over scales 1, 2, 4, ... of average pooling: (B, C, H, W) -> (B,).
+
+    Stands for LPIPS [VRPO Sec. 3.2; App. 0.A has the noisy input in place of x]; any callable will do. x_hat comes
+    detached, as its gradient would enter the later blocks, against [VRPO Thm. 5]: it moves mu, sigma, w, Var R only.
+    """
+    levels = [x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) - x]
+    while min(levels[-1].shape[2:]) > 1:
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    return torch.stack([d.abs().flatten(1).mean(1) for d in levels]).mean(0)
+
+
+def stability_reward(h, h_near):
+    """Minus the mean over tokens of |unit h - unit h_near|^2 = 2 - 2 cos [VRPO Sec. 3.2]: (B, T, D) -> (B,) in [-4, 0].
+
+    h_near: from the same x and eps at a neighbouring t; no gradient goes into it. Needs alignment_loss.
+    """
+    return -2 - 2 * alignment_loss(h, h_near.detach())
+
+
+def inverse_variance_weights(variance, floor=2.5e-3):
+    """w_k ~ 1 / max(variance_k, floor) [VRPO Eq. 12, Thm. 2]: (K,) -> (K,), sums to 1."""
+    w = 1 / variance.clamp_min(floor)
+    return w / w.sum()
+
+
+@torch.no_grad()
+def moving_moments(x, before=None, decay=0.99, weight=None):
+    """Exponential moving mean (D,) and covariance (D, D) of the rows of x (N, D), those of the *global* batch.
+
+    before: what the last call returned; None starts from this batch, not from 0. weight (N,): of the rows. Exactly
+    the covariance of the moving E[x x'] and E[x], without its cancellation.
+    """
+    p = torch.full_like(x[:, 0], 1 / len(x)) if weight is None else weight.to(x) / weight.sum()
+    mean = p @ x
+    cov = (x - mean).T @ (p[:, None] * (x - mean))
+    if before is None:
+        return mean, cov
+    gap = mean - before[0]
+    return mean - decay * gap, decay * before[1] + (1 - decay) * (cov + decay * torch.outer(gap, gap))
+
+
+def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
+    """w (K,), mu_R, sigma_R >= floor, 1 + eta Var R [VRPO Eq. 7, 12, 14]; weights=None: by inverse variance.
+
+    K = 2 takes the first two weights: no stability. They are made to sum to 1. Needs inverse_variance_weights.
+    """
+    mean, cov = moments
+    w = inverse_variance_weights(cov.diagonal()) if weights is None else mean.new_tensor(weights[:len(mean)])
+    w = w / w.sum()
+    variance = w @ cov @ w                                                       # correlations included
+    return w, w @ mean, variance.clamp_min(floor ** 2).sqrt(), 1 + eta * variance
+
+
+def vrpo_loss(rewards, moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05, known=None):
+    """L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R [VRPO Eq. 8, 14]: rewards (K, B) -> (B,).
+
+    moments: moving_moments of rewards.T *with* this batch; then |R_i - mu_R| / sigma_R < sqrt(B / (1 - decay)).
+    known (B,): 1 / (share known of the global batch) where the last reward is known, else 0: the expectation of
+    mean(L_i) and of its gradient is the same. Needs vrpo_terms, inverse_variance_weights.
+    """
+    w, mu, sigma, scale = vrpo_terms(moments, weights, eta, floor)
+    if known is not None:
+        rewards = torch.cat([rewards[:-1], known * rewards[-1:]])
+    return -scale * (w @ rewards - mu) / sigma
 
 
 # ------------------------------------------------------------------------------------------------------------------

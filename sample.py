@@ -47,8 +47,8 @@ class Config:
     data: str = "data/font_digits"        # the data for --metrics
 
 
-ACCEPTED = dict(amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6), tolerance=(1e-12, 1),
-                w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
+ACCEPTED = dict(amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6),
+                tolerance=(1e-12, 1), w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
 SAMPLERS = {                              # v, noise, flags, path, one generator for each image, end -> images
     "euler": lambda v, x, cfg, path, g, end: fpo.euler(v, x, cfg.steps, end),
     "heun": lambda v, x, cfg, path, g, end: fpo.heun(v, x, cfg.steps, end),

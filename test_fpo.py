@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -210,6 +211,253 @@ def test_bad_fpo_arguments_raise(bad):
     for function in (fpo.fpo_weights, fpo.fpo_loss, fpo.fpo_gradient_weights):
         with pytest.raises(ValueError, match=next(iter(bad))):
             function(some_losses(), **bad)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Visual Representation Policy Optimization
+
+
+def some_tokens(seed, B=24, T=5, D=7):
+    h, y = torch.randn(2, B, T, D, generator=seeded(seed), dtype=torch.float64)
+    return h.requires_grad_(), y
+
+
+def some_rewards(seed, K=3, B=32):
+    spread = torch.tensor([[0.3], [0.2], [0.1]][:K], dtype=torch.float64)
+    return spread * torch.randn(K, B, generator=seeded(seed), dtype=torch.float64) - torch.arange(K)[:, None]
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.5, 0.2), None])
+def test_proposition_2_the_gradient_of_the_semantic_reward_is_that_of_repa_times_w_lambda_over_sigma(weights):
+    h, y = some_tokens(0)
+    fidelity = some_rewards(1, K=1, B=len(h))[0]                                # varies, without a gradient
+    rewards = torch.stack([fidelity, -fpo.alignment_loss(h, y)])
+    moments = fpo.moving_moments(rewards.T)
+    loss = fpo.vrpo_loss(rewards, moments, weights, eta=0.7, floor=1e-3).mean()
+    ours, = torch.autograd.grad(loss, h, retain_graph=True)
+    repa, = torch.autograd.grad(-torch.cosine_similarity(h, y, dim=-1).mean(), h)
+    r = rewards.detach()
+    w = torch.tensor([0.375, 0.625]) if weights else 1 / r.var(1, unbiased=False).clamp_min(2.5e-3)
+    w = (w / w.sum()).double()
+    R = (w[:, None] * r).sum(0)
+    scale = (1 + 0.7 * R.var(unbiased=False)) * w[1] / R.std(unbiased=False)
+    assert torch.allclose(ours, scale * repa, rtol=1e-6, atol=1e-12)
+
+
+def test_theorem_2_inverse_variance_weights_are_the_least_over_the_simplex_for_uncorrelated_rewards_only():
+    variance = torch.tensor([0.04, 0.01, 0.09], dtype=torch.float64)
+    a = torch.arange(0, 1.0001, 0.005, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(a, a, indexing="ij"), -1).reshape(-1, 2)
+    grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], 1)
+    grid = grid[grid[:, 2] > -1e-9]                                             # the simplex in steps of 0.005
+    of = lambda w, cov: ((w @ cov) * w).sum(-1)
+    w, independent = fpo.inverse_variance_weights(variance), variance.diag()
+    assert abs(w.sum() - 1) < 1e-12
+    best = grid[of(grid, independent).argmin()]
+    assert (w - best).abs().max() <= 0.005 and of(w, independent) <= of(best, independent)
+    correlated = independent + 0.9 * torch.outer(variance.sqrt(), variance.sqrt()) * (1 - torch.eye(3))
+    assert of(w, correlated) > 1.3 * of(grid, correlated).min()
+
+
+def test_a_reward_that_hardly_varies_takes_no_more_weight_than_the_floor_allows():
+    w = fpo.inverse_variance_weights(torch.tensor([0.0, 0.04]), floor=0.01)
+    assert torch.allclose(w, torch.tensor([0.8, 0.2]))
+
+
+@pytest.mark.parametrize("B", [40, 6], ids=["B > D", "B < D"])
+def test_the_frechet_reward_and_its_gradient_are_right_also_where_the_covariance_is_singular(B):
+    D, double = 9, dict(dtype=torch.float64)
+    real = torch.randn(60, D, generator=seeded(2), **double) @ torch.randn(D, D, generator=seeded(3), **double)
+    z = (torch.randn(B, D, generator=seeded(4), **double) * 1.5 + 0.2).requires_grad_()
+    reward = lambda z: fpo.frechet_reward(z, real.mean(0), torch.cov(real.T))
+    assert abs(reward(z).item() + sample.frechet_distance(z.detach(), real)) < 1e-6 * abs(reward(z).item())
+    assert torch.autograd.gradcheck(reward, z, eps=1e-5, atol=1e-5)
+    flat = torch.randn(60, 3, generator=seeded(5), **double) @ torch.randn(3, D, generator=seeded(3), **double)
+    singular = fpo.frechet_reward(z, flat.mean(0), torch.cov(flat.T))           # real features of rank 3
+    assert abs(singular.item() + sample.frechet_distance(z.detach(), flat)) < 1e-5 * abs(singular.item())
+    assert torch.autograd.grad(singular, z)[0].isfinite().all()
+
+
+def test_the_frechet_reward_of_commuting_covariances_is_the_closed_form_and_zero_at_equality():
+    a, b = torch.tensor([0.5, 2.0, 1.0]), torch.tensor([3.0, 0.1, 0.7])
+    cube = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).double()      # 8 points, covariance 8/7
+    z = 2 + cube * (7 / 8 * a).sqrt()
+    exact = -(3 * 2.0 ** 2 + (a.sqrt() - b.sqrt()).square().sum())
+    assert abs(fpo.frechet_reward(z, torch.zeros(3), b.diag()) - exact) < 1e-5
+    assert abs(fpo.frechet_reward(z, z.mean(0), torch.cov(z.T))) < 1e-12
+    few = torch.randn(3, 8, generator=seeded(5), dtype=torch.float64)
+    assert abs(fpo.frechet_reward(few, few.mean(0), torch.cov(few.T))) < 1e-7
+    same = torch.ones(4, 3, requires_grad=True)                                 # no spread at all
+    fpo.frechet_reward(same, torch.zeros(3), torch.eye(3)).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_the_frechet_reward_of_fewer_white_features_than_dimensions_wants_too_small_a_spread():
+    B, D = 16, 128
+    z, scales = torch.randn(B, D, generator=seeded(6), dtype=torch.float64), torch.arange(0.05, 1.5, 0.01)
+    rewards = torch.stack([fpo.frechet_reward(c * (z - z.mean(0)), torch.zeros(D), torch.eye(D)) for c in scales])
+    assert abs(scales[rewards.argmax()] - math.sqrt((B - 1) / D)) < 0.03        # 0.34, where 1 is right
+
+
+def test_pooled_features_are_means_of_unit_tokens_also_of_int8_and_16_bits():
+    h = torch.tensor([[[3.0, 4.0], [0.0, -7.0]]])
+    for dtype in (torch.int8, torch.bfloat16, torch.float32):
+        z = fpo.pooled(h.to(dtype))
+        assert torch.allclose(z, torch.tensor([[0.3, -0.1]])) and z.dtype == torch.float32
+
+
+def test_perceptual_distance_sees_a_shift_at_every_scale_and_a_checkerboard_at_the_finest_only():
+    x = torch.randn(2, 3, 8, 8, generator=seeded(7))
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    x_hat = x + torch.stack([0.5 * torch.ones(3, 8, 8), board.expand(3, 8, 8)])
+    assert torch.allclose(fpo.perceptual_distance(x_hat, x), torch.tensor([0.5, 1 / 4]), atol=1e-6)  # of four scales
+
+
+def test_stability_is_0_for_equal_directions_minus_2_for_orthogonal_tokens_and_has_a_gradient_on_one_side():
+    h, _ = some_tokens(8)
+    turned = torch.stack([-h[..., 1], h[..., 0]], -1).detach()
+    assert fpo.stability_reward(h, 3 * h).abs().max() < 1e-12
+    assert torch.allclose(fpo.stability_reward(h[..., :2], turned), torch.tensor(-2.0).double())
+    assert torch.allclose(fpo.stability_reward(h, -h), torch.tensor(-4.0).double())
+    near = torch.randn(h.shape, generator=seeded(9), dtype=torch.float64).requires_grad_()
+    fpo.stability_reward(h, near).sum().backward()
+    assert near.grad is None and h.grad.abs().sum() > 0
+    a, b = h.detach()[0, :1], near.detach()[0, :1]
+    drift = (a / a.norm() - b / b.norm()).square().sum()
+    assert torch.allclose(fpo.stability_reward(a[None], b[None]), -drift)
+
+
+def test_moving_moments_are_those_of_the_moving_first_and_second_moments_and_are_saved_safely():
+    moments, first, second, decay = None, None, None, 0.9
+    for step in range(20):
+        x = some_rewards(step).T + 0.1 * step
+        moments = fpo.moving_moments(x, moments, decay)
+        one, two = x.mean(0), x.T @ x / 32
+        first = one if step == 0 else decay * first + (1 - decay) * one
+        second = two if step == 0 else decay * second + (1 - decay) * two
+    assert torch.allclose(moments[0], first)
+    assert torch.allclose(moments[1], second - torch.outer(first, first), atol=1e-9)
+    file = io.BytesIO()
+    torch.save(moments, file)
+    again = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))
+
+
+def test_a_reward_that_is_constant_within_a_batch_has_its_variance_across_steps():
+    moments, values = None, torch.randn(4000, generator=seeded(10), dtype=torch.float64) * 0.2
+    for value in values:
+        moments = fpo.moving_moments(value.expand(4, 1), moments, decay=0.999)
+    assert abs(moments[1].item() / 0.04 - 1) < 0.15
+
+
+def test_the_terms_are_mean_deviation_and_scale_of_the_total_reward_with_its_correlations():
+    rewards = some_rewards(11)
+    rewards[1] += rewards[0]
+    w, mu, sigma, scale = fpo.vrpo_terms(fpo.moving_moments(rewards.T), eta=0.5, floor=0.0)
+    R = 0.3 * rewards[0] + 0.5 * rewards[1] + 0.2 * rewards[2]
+    for ours, direct in zip((mu, sigma, scale), (R.mean(), R.std(unbiased=False), 1 + 0.5 * R.var(unbiased=False))):
+        assert torch.allclose(ours, direct)
+    still = fpo.moving_moments(torch.zeros(5, 3))
+    assert fpo.vrpo_terms(still)[2] == 0.05 and fpo.vrpo_loss(torch.zeros(3, 5), still).isfinite().all()
+
+
+def test_the_normalised_reward_is_bounded_whatever_the_rewards():
+    moments, decay = None, 0.99
+    for step in range(30):
+        rewards = some_rewards(step, B=8)
+        rewards[0, 3] = -10.0 ** (step % 7)                                     # an outlier that comes without warning
+        moments = fpo.moving_moments(rewards.T, moments, decay)
+        assert fpo.vrpo_loss(rewards, moments, eta=0.0, floor=0.0).abs().max() < math.sqrt(8 / (1 - decay))
+    quiet = fpo.moving_moments(torch.zeros(8, 3).double())
+    late = fpo.moving_moments(rewards.T * 1e9, quiet, decay)
+    assert fpo.vrpo_loss(rewards * 1e9, late, eta=0.0).abs().max() > 10         # and the bound is not idle
+
+
+def test_a_constant_added_to_the_rewards_changes_neither_loss_nor_gradient():
+    shift, out = torch.tensor([[-3.0], [0.7], [2.0]]).double(), []
+    for constant in (0 * shift, shift):
+        moments = None
+        for step in range(3):
+            rewards = (some_rewards(step) + constant).requires_grad_()
+            moments = fpo.moving_moments(rewards.T, moments)
+        loss = fpo.vrpo_loss(rewards, moments)
+        out.append(torch.cat([loss[None], torch.autograd.grad((loss ** 2).sum(), rewards)[0]]))
+    assert torch.allclose(*out)
+
+
+def test_a_fraction_of_the_stability_rewards_gives_the_full_loss_and_gradient_in_expectation():
+    rewards, B, n = some_rewards(12, B=8).requires_grad_(), 8, 2
+    moments = fpo.moving_moments(rewards.T)
+    full = fpo.vrpo_loss(rewards, moments).mean()
+    subsets = torch.combinations(torch.arange(B), n)                            # all 28: the expectation, exactly
+    part = 0
+    for subset in subsets:
+        known = torch.zeros(B).double().index_fill(0, subset, B / n)
+        unknown_is_anything = torch.cat([rewards[:2], torch.where(known > 0, rewards[2], 99.0)[None]])
+        part = part + fpo.vrpo_loss(unknown_is_anything, moments, known=known).mean() / len(subsets)
+    gradients = [torch.autograd.grad(loss, rewards, retain_graph=True)[0] for loss in (full, part)]
+    assert torch.allclose(full, part) and torch.allclose(*gradients)
+    statistics = fpo.moving_moments(unknown_is_anything.T, weight=known)
+    assert all(torch.allclose(a, b) for a, b in zip(statistics, fpo.moving_moments(rewards[:, known > 0].T)))
+
+
+def test_without_stability_the_other_two_weights_are_made_to_sum_to_1():
+    w = fpo.vrpo_terms(fpo.moving_moments(some_rewards(13, K=2).T))[0]
+    assert torch.allclose(w, torch.tensor([0.375, 0.625]).double())
+
+
+def test_the_gradient_averaged_over_processes_is_that_of_one_process():
+    B, world = 24, 3
+    known = (torch.arange(B) % 5 == 0) * (B / 5)                                # 2, 2 and 1 of the slices
+    y = some_tokens(14)[1]
+    near, d = some_tokens(15)[1], torch.rand(B, generator=seeded(16), dtype=torch.float64)
+    C = torch.cov(fpo.pooled(y).T)
+
+    def gradient(mine, processes):
+        h = some_tokens(14)[0]
+        z = fpo.pooled(h[mine])
+        own = processes * z - (processes - 1) * z.detach()                      # the value of z, its gradient times 3
+        everyone = fpo.pooled(h).detach().index_copy(0, torch.arange(B)[mine], own)
+        frechet = fpo.frechet_reward(everyone, fpo.pooled(y).mean(0), C)
+        rewards = torch.stack([frechet - d, -fpo.alignment_loss(h, y), fpo.stability_reward(h, near)])
+        moments = fpo.moving_moments(rewards.T, weight=known)                   # what all processes gather
+        return torch.autograd.grad(fpo.vrpo_loss(rewards[:, mine], moments, known=known[mine]).mean(), h)[0]
+
+    split = sum(gradient(slice(k * 8, k * 8 + 8), world) for k in range(world)) / world
+    assert torch.allclose(split, gradient(slice(None), 1), atol=1e-12)
+
+
+def test_theorem_6_fails_the_alignment_gradient_grows_as_the_reward_settles_and_the_bias_stays():
+    y = torch.tensor([1.0, 0.0])
+    target = torch.tensor([0.6, 0.8])                                       # what the velocity loss alone would find
+
+    def train(alignment):
+        """theta under |theta - target|^2 / 2 + alignment(theta + noise), the noise of the features falling to 1 %."""
+        theta, ratios, generator = torch.tensor([0.0, 1.0], requires_grad=True), [], seeded(17)
+        for step in range(800):
+            h = theta + 0.3 * 0.99 ** min(step, 460) * torch.randn(64, 1, 2, generator=generator)
+            r = -fpo.alignment_loss(h, y.expand_as(h))
+            (static,) = torch.autograd.grad(-r.mean(), theta, retain_graph=True)
+            (gradient,) = torch.autograd.grad(alignment(r), theta, retain_graph=True)
+            ratios.append((gradient.norm() / static.norm()).item())
+            with torch.no_grad():
+                theta -= 0.02 * (theta - target + gradient)
+        return theta.detach(), ratios
+
+    history = []
+
+    def vrpo(r):
+        rewards = torch.stack([0 * r, r])
+        history.append(fpo.moving_moments(rewards.T, history[-1] if history else None))
+        return 0.1 * fpo.vrpo_loss(rewards, history[-1], weights=(0.0, 1.0), floor=0.05).mean()
+
+    (ours, ratios), (repa, _) = train(vrpo), train(lambda r: -0.1 * r.mean())
+    scales = [fpo.vrpo_terms(m, (0.0, 1.0))[3].item() for m in (history[20], history[-1])]
+    print(f"\nsettling reward: gradient over REPA's {ratios[20]:.2f} -> {ratios[-1]:.2f}; lambda / lambda_0 "
+          f"{scales[0]:.4f} -> {scales[1]:.4f}; bias {(ours - target).norm():.3f}, REPA {(repa - target).norm():.3f}")
+    assert scales[0] > scales[1] > 1                                            # Eq. 14 does weaken, towards lambda_0
+    assert ratios[-1] > 3 * ratios[20] and ratios[-1] == pytest.approx(0.1 / 0.05, rel=1e-2)     # Eq. 7 outweighs it
+    assert (ours - target).norm() > 2 * (repa - target).norm() > 0.02
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -708,8 +956,8 @@ def test_moments_are_sampled_and_scaled(folder, tmp_path):
     torch.testing.assert_close(seen, (mean[rows] + std[rows] * noise - 0.25) * 0.5)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(timesteps="vr_loss", align="nt_xent"), dict(baseline=True, predict="x", path="cosine")],
-                         ids=["default", "vr_loss", "baseline"])
+@pytest.mark.parametrize("changes", [{}, dict(timesteps="vr_loss", align="nt_xent"), dict(baseline=True, predict="x", path="cosine"),
+                                     dict(align="vrpo", vrpo_weights="inverse_variance")], ids=["default", "vr_loss", "baseline", "vrpo"])
 def test_resume_is_exact(folder, tmp_path, changes):
     assert run(flags(folder, tmp_path / "whole", **changes)) == 0
     assert run(flags(folder, tmp_path / "parts", **changes) + ["--steps", 3]) == 0
@@ -789,6 +1037,32 @@ def test_killed_at_any_moment_the_newest_checkpoint_loads_and_the_run_goes_on(fo
     assert job.returncode == 128 + signal.SIGTERM and f"stopped at step {stopped}" in said
     assert [int(row[0]) for row in log_of(tmp_path)] == list(range(1, stopped + 1))
     assert run(["--checkpoint", tmp_path, "--out", tmp_path / "s", "--count", 2, "--steps", 2], sample) == 0
+
+
+def test_vrpo_is_the_same_run_on_two_processes_and_resumes_there(folder, tmp_path):
+    changes = dict(align="vrpo", vrpo_stability=0.34)                  # rows 0, 3, 6 of 8: two of one process, one of the other
+    assert run(flags(folder, tmp_path / "1", **changes)) == 0
+    assert run(flags(folder, tmp_path / "2", **changes) + ["--steps", 2]) == 0
+    job = launch(2, "train_sit.py", flags(folder, tmp_path / "2", **changes))
+    assert job.wait(120) == 0, job.stdout.read()
+    np.testing.assert_allclose(log_of(tmp_path / "2"), log_of(tmp_path / "1"), rtol=2e-3)
+    logs = [np.genfromtxt(tmp_path / k / "log.csv", delimiter=",", names=True) for k in "12"]
+    for column in ("reward", "reward_std"):
+        np.testing.assert_allclose(logs[0][column], logs[1][column], rtol=2e-3)
+
+
+@pytest.mark.parametrize("predict", ["v", "x", "eps"])
+def test_theorem_5_vrpo_gives_the_later_blocks_no_gradient_at_all_and_the_first_ones_some(predict):
+    model, (x, t, y) = awake(train_sit.SiT(**SMALL, feature_dim=6)), inputs()
+    eps, features = torch.randn(x.shape, generator=seeded(60)), torch.randn(3, 16, 6, generator=seeded(61))
+    x_t, v = fpo.interpolate(x, eps, t)
+    prediction, z = model(x_t, t, y, features=True)
+    cfg = train_sit.Config(align="vrpo", vrpo_stability=1.0, predict=predict)
+    train_sit.vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, {}, 0, 1).mean().backward()
+    early = [p for k, p in model.named_parameters() if k.startswith(("blocks.0", "blocks.1", "projectors", "x_embedder"))]
+    late = [p for k, p in model.named_parameters() if k.startswith(("blocks.2", "final_layer"))]
+    assert len(late) == 14 and all(p.grad is None for p in late)
+    assert all(p.grad.abs().sum() > 0 for p in early)
 
 
 def test_torchrun_restarts_after_a_killed_worker_and_goes_on_from_the_newest_checkpoint(folder, tmp_path):

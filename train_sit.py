@@ -52,8 +52,12 @@ class Config:
     predict: str = "v"                    # what the network outputs and the loss compares
     repa: bool = True                     # align hidden tokens with the data's features
     repa_weight: float = 0.5              # lambda of the alignment loss
-    align: str = "cosine"                 # alignment loss
-    fpo: str = "both"                     # losses that FPO reweights
+    align: str = "cosine"                 # alignment: a loss of REPA, or vrpo: as a reward
+    vrpo_weights: str = "fixed"           # VRPO: 0.3, 0.5, 0.2, or by the inverse variance of each reward
+    vrpo_stability: float = 0.25          # VRPO: share of the batch seen at a neighbouring t, too; 0: no stability
+    vrpo_near: float = 0.02               # VRPO: how much smaller the neighbouring t is
+    vrpo_eta: float = 0.1                 # VRPO: how much the coefficient grows with the variance of the reward
+    fpo: str = "both"                     # losses that FPO reweights (VRPO has coefficients of its own)
     r: float = 0.8                        # FPO: share of the batch that competes for the boost
     beta: float = 2.0                     # FPO: size of the boost, which is beta out of batch + beta
     tau: float = 1.0                      # FPO: temperature; not given in the paper
@@ -88,17 +92,20 @@ SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "X
 MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256)}
 MODELS |= {f"SiT-{size}/{patch}": dict(zip(("depth", "width", "heads", "encoder_depth"), SIZES[size]), patch=patch)
            for size in SIZES for patch in (2, 4, 8)}
+VRPO_WEIGHTS = {"fixed": (0.3, 0.5, 0.2), "inverse_variance": None}              # fidelity, semantic, stability
 SHARE, AMOUNT, COUNT = (0, 1), (0, math.inf), (1, math.inf)
 ACCEPTED = dict(                          # a list of names, or the least and the largest value
-    model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent"],
+    model=list(MODELS), path=list(fpo.PATHS), predict=["v", "x", "eps"], align=["cosine", "nt_xent", "vrpo"],
+    vrpo_weights=list(VRPO_WEIGHTS), vrpo_stability=SHARE, vrpo_near=SHARE, vrpo_eta=AMOUNT,
     fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
     timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
-    compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=COUNT, batch=COUNT, log_every=COUNT, sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
+    compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=COUNT, batch=COUNT, log_every=COUNT,
+    sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
     lr=AMOUNT, clip=AMOUNT, repa_weight=AMOUNT, ema=SHARE, vr_uniform=SHARE, label_dropout=SHARE, fpo_align_from=SHARE,
     seed=(0, 2 ** 31))
 FREE_ON_RESUME = ("out data steps amp log_every sample_every save_every keep guidance baseline init accumulate "
                   "checkpointing compile bench").split()
-LOG = "step loss align grad_norm moved ess lr images_per_s".split()          # README says what they are
+LOG = "step loss align grad_norm moved ess lr images_per_s reward reward_std".split()      # README says what they are
 
 
 def fail(message, anywhere=False):
@@ -204,7 +211,7 @@ class SiT(nn.Module):
     """Scalable interpolant transformer. feature_dim: width D of the alignment targets; None: no projector.
 
     forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W), the velocity; with features=True also the projected tokens
-    z (B, T, feature_dim) of block encoder_depth. The projector runs only when asked.
+    z (B, T, feature_dim) of block encoder_depth; with features="only" just z. The projector runs only when asked.
     """
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2, encoder_depth=8,
@@ -251,6 +258,8 @@ class SiT(nn.Module):
             h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
             if features and depth == self.encoder_depth:
                 z = self.projectors[0](h)                                               # (B, T, feature_dim)
+                if features == "only":
+                    return z
         out = self.final_layer(h, c).view(B, H // p, W // p, p, p, C)
         out = out.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
         return (out, z) if features else out
@@ -554,11 +563,11 @@ def write_pictures(model, cfg, meta, name):
 
 
 def forward_flops(model, features):
-    """Floating-point operations of a forward pass for one image, the matrix products alone (2 for each multiply-add)."""
+    """Floating-point operations of one image's forward pass, matrix products alone, 2 for each multiply-add."""
     a, T = model.arch, model.pos_embed.shape[1]
     D, P, pixels = a["width"], a["projector_width"], a["patch"] ** 2 * a["channels"]
-    block = 2 * T * 12 * D * D + 4 * T * T * D + 2 * 6 * D * D        # qkv, proj, mlp; q k^T and its product with v; adaLN
-    ends = 2 * T * 2 * D * pixels + 2 * (256 * D + D * D) + 2 * 2 * D * D         # patches in and out; time; final adaLN
+    block = 2 * T * 12 * D * D + 4 * T * T * D + 2 * 6 * D * D      # qkv, proj, mlp; attention's two products; adaLN
+    ends = 2 * T * 2 * D * pixels + 2 * (256 * D + D * D) + 2 * 2 * D * D       # patches in and out; time; final adaLN
     return a["depth"] * block + ends + (2 * T * (D * P + P * P + P * a["feature_dim"]) if features else 0)
 
 
@@ -576,7 +585,7 @@ def matmul_rate(device, dtype):
 
 
 def bench_report(cfg, model, data, device, world, images_per_s):
-    """Print images/s, model FLOP/s (3 forward passes a step), their share of the roof, and how fast the data are read."""
+    """Print images/s, model FLOP/s (3 forward passes a step), their share of the roof, and the speed of reading."""
     flops = 3 * forward_flops(model, cfg.repa) * images_per_s
     roof = world * matmul_rate(device, torch.bfloat16 if cfg.amp == "bf16" else torch.float32)
     start, n = time.time(), len(data.labels)
@@ -657,9 +666,42 @@ def sample_weights(cfg, losses, t):
         c[0] = fpo.hard_sample_weights(losses[0], cfg.r, cfg.beta)
     elif cfg.weighting in ("p2", "min_snr"):
         c[0] = {"p2": fpo.p2_weights, "min_snr": fpo.min_snr_weights}[cfg.weighting](t, path)
-    if len(losses) == 2 and cfg.fpo in ("alignment", "both"):
+    if len(losses) == 2 and cfg.fpo in ("alignment", "both") and cfg.align != "vrpo":
         c[1] = fpo.fpo_gradient_weights(losses[1], cfg.r, cfg.beta, cfg.tau, mask=t >= cfg.fpo_align_from)
     return c
+
+
+def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, world):
+    """VRPO's losses of this process's batch (b,) in place of REPA's; updates state, a dict of moving moments.
+
+    All arguments are this process's. Later blocks get no gradient: z ends before them, the prediction is detached.
+    """
+    path, b = fpo.PATHS[cfg.path], len(x)
+    x_t, _ = fpo.interpolate(x, eps, t, path)
+    v = as_velocity(lambda *_: prediction.detach().float(), cfg.predict, cfg.path)(x_t, t, y)
+    distance = fpo.perceptual_distance(fpo.x_from_velocity(v, x_t, t, path), x)
+    everyone, real = gathered(torch.stack([fpo.pooled(z), fpo.pooled(features)]), world, 1)           # each (B, D)
+    state["feature"] = fpo.moving_moments(real, state.get("feature"))
+    ours = world * fpo.pooled(z) - (world - 1) * everyone[rank * b:(rank + 1) * b]     # DDP averages: gradient x world
+    everyone = torch.cat([everyone[:rank * b], ours, everyone[(rank + 1) * b:]])
+    rewards = [fpo.frechet_reward(everyone, *state["feature"]) - distance, -fpo.alignment_loss(z, features)]
+    known = torch.ones(world * b, device=x.device)
+    if cfg.vrpo_stability > 0:
+        every = round(1 / cfg.vrpo_stability)
+        rows = slice(-rank * b % every, None, every)                              # 0, every, ... of the global batch
+        t_near = (t[rows] - cfg.vrpo_near).clamp_min(1e-3 if cfg.path == "diffusion" else 0)
+        with torch.no_grad():
+            x_near, _ = fpo.interpolate(x[rows], eps[rows], t_near, path)
+            near = model(x_near, t_near, y[rows], features="only")
+        stability = torch.zeros_like(distance)
+        stability[rows] = fpo.stability_reward(z[rows], near)
+        rewards.append(stability)
+        known = torch.zeros_like(known)
+        known[::every] = world * b / len(known[::every])
+    rewards = torch.stack(rewards)                                                                # (K, b)
+    state["reward"] = fpo.moving_moments(gathered(rewards, world, 1).T, state.get("reward"), weight=known)
+    known = known[rank * b:(rank + 1) * b] if cfg.vrpo_stability > 0 else None
+    return fpo.vrpo_loss(rewards, state["reward"], VRPO_WEIGHTS[cfg.vrpo_weights], cfg.vrpo_eta, known=known)
 
 
 def writable(folder, rank):
@@ -684,6 +726,8 @@ def prepare(cfg, folder, rank, world, device):
     if cfg.batch % (world * cfg.accumulate):
         raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes"
                          + f" x {cfg.accumulate} parts" * (cfg.accumulate > 1))
+    if cfg.repa and cfg.align == "vrpo" and cfg.accumulate > 1:
+        raise ValueError("--align vrpo judges the whole batch at once: --accumulate 1 alone is accepted")
     if cfg.bench:
         cfg.steps, cfg.log_every = 2 * cfg.bench, cfg.bench
     on_line = cfg.encoder if cfg.repa else ""
@@ -735,12 +779,13 @@ def train(cfg):
     model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-    timesteps = Timesteps(cfg, data, device)
+    timesteps, vrpo = Timesteps(cfg, data, device), {}
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         opt.load_state_dict(saved["opt"])
         timesteps.state, step = {k: v.to(device) for k, v in saved["timesteps"].items()}, saved["step"]
+        vrpo = {k: tuple(v.to(device) for v in pair) for k, pair in saved.get("vrpo", {}).items()}
     if rank == 0 and cfg.timesteps.startswith("vr"):
         print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
             *fpo.logit_normal_location(timesteps.state["t"].cpu(), timesteps.state["pdf"].cpu())))
@@ -769,6 +814,8 @@ def train(cfg):
         losses = [fpo.velocity_loss(prediction, {"v": v, "x": x, "eps": eps}[cfg.predict][part])]
         if cfg.repa and cfg.align == "cosine":
             losses.append(fpo.alignment_loss(z, features[part]))
+        elif cfg.repa and cfg.align == "vrpo":
+            losses.append(vrpo_losses(cfg, model, z, prediction, x, eps, t[mine], y, features, vrpo, rank, world))
         elif cfg.repa:
             losses.append(fpo.nt_xent_loss(z, all_features, first=mine.start + part.start))
         return torch.stack(losses)
@@ -784,16 +831,19 @@ def train(cfg):
         if cfg.bench:
             return step < cfg.steps or bench_report(cfg, ema, data, device, world, images_per_s)
         if log:
-            values, (moved, ess) = (running / cfg.log_every).tolist(), fpo.weight_moved(c[0])
+            values, (moved, ess), reward = (running / cfg.log_every).tolist(), fpo.weight_moved(c[0]), ("", "")
+            if vrpo:                                                   # the mean of L_i is 0: log REPA's loss instead
+                values[1] = -vrpo["reward"][0][1].item()
+                reward = [v.item() for v in fpo.vrpo_terms(vrpo["reward"], VRPO_WEIGHTS[cfg.vrpo_weights])[1:3]]
             row = [step, values[0], values[1] if cfg.repa else "", values[-1], moved.item(), ess.item() / cfg.batch,
-                   group["lr"], images_per_s]
+                   group["lr"], images_per_s, *reward]
             with open(out / "log.csv", "a", newline="") as f:
                 csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
             bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
         if save or stopping:
             save_checkpoint(out, dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                                      timesteps=timesteps.state, config=dataclasses.asdict(cfg), arch=model.arch,
-                                      meta=data.meta), cfg.keep)
+                                      timesteps=timesteps.state, vrpo=vrpo, config=dataclasses.asdict(cfg),
+                                      arch=model.arch, meta=data.meta), cfg.keep)
         if picture:
             write_pictures(ema, cfg, data.meta, f"samples-{step:07d}.png")
 
