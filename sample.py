@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import fpo
 from train_sit import (Latents, as_velocity, data_folder, fail, load_model, newest_checkpoint, parse_flags,
-                       start_processes, writable)
+                       start_processes, together, writable)
 
 
 @dataclasses.dataclass
@@ -177,7 +177,8 @@ def sample(cfg):
     vae = None
     if cfg.vae:
         from data import imagenet
-        vae = imagenet.load_vae(cfg.vae, device)
+        for turn in (lambda: rank or imagenet.load_vae(cfg.vae, device), lambda: imagenet.load_vae(cfg.vae, device)):
+            vae, _ = together(turn, rank, world)                       # process 0 first, which downloads it
     torch.backends.cuda.matmul.allow_tf32 = cfg.amp == "tf32"
     out, start = writable(cfg.out, rank), time.time()
     size, model = model.arch["size"], model.to(device)

@@ -1,5 +1,7 @@
 """The papers' claims as tests, in their order, then the plumbing. Run: python -m pytest -q   (with -s: the measured costs)"""
 import argparse
+import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -12,17 +14,21 @@ import subprocess
 import sys
 import time
 import timeit
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import fpo
 import sample
 import toy2d
 import train_sit
+from data import font_digits, imagenet
 
 HERE = Path(__file__).resolve().parent
 paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
@@ -931,7 +937,6 @@ def flat(state):
 
 
 def test_fonts_draw_the_same_digits_from_the_same_seed():
-    from data import font_digits
     images, labels = font_digits.draw(50, 3)
     assert images.shape == (50, 1, 16, 16) and images.dtype == np.uint8 and images.max() > 200 and set(labels) <= set(range(10))
     assert (font_digits.draw(50, 3)[0] == images).all() and (font_digits.draw(50, 4)[0] != images).any()
@@ -1208,7 +1213,6 @@ def test_a_new_run_starts_from_published_weights(latents, tmp_path, kind):
 
 
 def test_an_encoder_on_line_is_as_good_as_its_stored_features(latents, tmp_path, monkeypatch):
-    from data import imagenet
     project = torch.randn(3 * 16 * 16, 12, generator=seeded(50))
     encode = lambda images: F.unfold(images.float() / 255, 16, stride=16).transpose(1, 2) @ project             # (B, 16, 12)
     monkeypatch.setattr(imagenet, "load_encoder", lambda name, size, device: encode if (name, size) == ("mine", 64) else None)
@@ -1221,7 +1225,6 @@ def test_an_encoder_on_line_is_as_good_as_its_stored_features(latents, tmp_path,
 
 
 def test_samples_are_decoded_a_few_at_a_time(latents, tmp_path, monkeypatch, capsys):
-    from data import imagenet
     sizes = []
 
     class Enlarge:                                                    # latent x 8 pixels, as the real one; scale undone first
@@ -1337,6 +1340,416 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     line = run(flags(folder, tmp_path) + ["--steps", 30])
     assert "not finite at step 7" in line and str(good) in line
     assert train_sit.newest_checkpoint(tmp_path) == good
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# data/imagenet.py
+
+
+def tiny_vae(seed=0):
+    """A VAE of one random convolution, with the interface of diffusers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = nn.Conv2d(3, 8, 8, 8)
+    moments = lambda x: vae(x).chunk(2, 1)
+    vae.encode = lambda x: types.SimpleNamespace(
+        latent_dist=types.SimpleNamespace(mean=moments(x)[0], std=moments(x)[1].exp()))
+    return vae
+
+
+def tiny_encoder(seed=0, width=6):
+    """An encoder of one random convolution and a 37 x 37 position embedding, with the interface of DINOv2."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = nn.Conv2d(3, width, 14, 14)
+        encoder.pos_embed = nn.Parameter(torch.randn(1, 1 + 37 * 37, width))
+    encoder.forward_features = lambda x: {
+        "x_norm_patchtokens": encoder(x).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]}
+    return encoder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """diffusers and torch.hub without a network: the names of what was loaded."""
+    loaded = []
+    kind = types.SimpleNamespace(from_pretrained=lambda name: loaded.append(name) or tiny_vae())
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=kind))
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name: loaded.append(f"{repo} {name}") or tiny_encoder())
+    return loaded
+
+
+def draw_images(folder, sizes=((70, 50), (33, 64), (40, 40), (90, 31)), modes=("RGB", "L", "P", "RGBA", "CMYK")):
+    """Images of odd sizes, modes and formats, one folder per class."""
+    random, classes = np.random.RandomState(0), ["n02", "n01", "n10"]
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i, (width, height) in enumerate(sizes):
+            picture = Image.fromarray(random.randint(0, 256, (height // 4, width // 4, 3)).astype(np.uint8))
+            mode = modes[(4 * c + i) % len(modes)]
+            suffix = {"RGB": ".JPEG", "CMYK": ".jpg"}.get(mode, ".PNG" if i % 2 else ".png")
+            picture.resize((width, height)).convert(mode).save(folder / name / f"{9 - i}{suffix}")
+    (folder / classes[0] / "notes.txt").write_text("no image")
+    (folder / ".trash").mkdir()
+    return folder
+
+
+def content(folder):
+    return {file.name: np.load(file) for file in folder.glob("*.npy")}
+
+
+def settings(images, out, **changes):
+    out.mkdir(exist_ok=True)
+    return imagenet.Config(**{**dict(images=str(images), out=str(out), size=32, batch=5), **changes})
+
+
+def say(function, *arguments, **named):
+    """The error of a call, which must be one line."""
+    with pytest.raises((ValueError, OSError)) as error:
+        function(*arguments, **named)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("width, height", [(300, 200), (131, 64), (333, 500), (48, 48), (40, 90), (37, 31), (97, 96), (95, 191)])
+def test_the_crop_is_the_centre_of_the_image(width, height, size=48):
+    """Every filter keeps a linear ramp, so each pixel of the crop tells which place of the image it shows."""
+    x, y = np.arange(width), np.arange(height)
+    ramp = np.stack(np.broadcast_arrays(x * 250 / width, (y * 250 / height)[:, None], 0.0), -1).round().astype(np.uint8)
+    crop = np.asarray(imagenet.centre_crop(Image.fromarray(ramp), size)).astype(float)
+    assert crop.shape == (size, size, 3)
+    scale = size / min(width, height)
+    for axis, length in ((0, width), (1, height)):
+        resized = round(length * scale)
+        place = ((resized - size) // 2 + np.arange(size) + 0.5) * length / resized - 0.5
+        inner = slice(5, -5)                                        # at the border the filters see no ramp
+        shown = crop[..., axis].mean(axis) * length / 250
+        assert np.abs(shown - place)[inner].max() < 0.45 * length / resized, (axis, shown - place)
+
+
+def test_the_crop_halves_by_box_and_only_while_the_short_side_is_twice_the_size():
+    def crop_of_a_point(side):
+        image = np.zeros((side, side, 3), np.uint8)
+        image[side // 2, side // 2] = 255
+        return np.asarray(imagenet.centre_crop(Image.fromarray(image), 16))[..., 0]
+
+    point = crop_of_a_point(32)
+    assert point.max() == 64 and (point > 0).sum() == 1            # the mean of four pixels, and no other sees it
+    assert crop_of_a_point(64).max() == 16                         # twice
+    assert (crop_of_a_point(31) > 0).sum() > 1                     # not at 31: bicubic, which spreads
+    assert crop_of_a_point(16).max() == 255                        # nothing to do
+
+
+def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub, monkeypatch):
+    images = draw_images(tmp_path / "images")
+    backwards = lambda name: lambda folder: sorted(getattr(os, name)(folder), key=os.fspath, reverse=True)
+    unsorted = {**vars(os), "scandir": backwards("scandir"), "listdir": backwards("listdir")}
+    monkeypatch.setattr(imagenet, "os", types.SimpleNamespace(**unsorted))
+    cfg = settings(images, tmp_path / "out", pixels=True)
+    imagenet.make(cfg)
+    assert hub == ["stabilityai/sd-vae-ft-ema", "facebookresearch/dinov2 dinov2_vitb14"]
+    arrays, meta = content(tmp_path / "out"), json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "features.npy", "images.npy", "labels.npy", "latents.npy", "meta.json"]
+    files = [file for name in ("n01", "n02", "n10") for file in sorted((images / name).iterdir()) if file.suffix != ".txt"]
+    assert len(files) == 12 and (arrays["labels.npy"] == np.repeat([0, 1, 2], 4)).all()
+    crops = np.stack([np.asarray(imagenet.centre_crop(Image.open(file).convert("RGB"), 32)) for file in files])
+    assert (arrays["images.npy"] == crops.transpose(0, 3, 1, 2)).all() and arrays["images.npy"].dtype == np.uint8
+    mean, log_std = tiny_vae()(torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, 1)
+    latents = torch.cat([mean, log_std.exp()], 1).detach().numpy()
+    assert np.allclose(arrays["latents.npy"], latents, atol=1e-5) and arrays["latents.npy"].shape == (12, 8, 4, 4)
+    tokens = imagenet.load_encoder("dinov2_vitb14", 32, "cpu")(torch.from_numpy(arrays["images.npy"]))
+    assert arrays["features.npy"].shape == (12, 4, 6) and arrays["features.npy"].dtype == np.int8
+    assert F.cosine_similarity(tokens, torch.from_numpy(arrays["features.npy"]).float(), dim=-1).min() > 0.9999
+    assert (meta["scale"], meta["bias"], meta["moments"], meta["num_classes"], meta["size"]) == (0.18215, 0, True, 3, 32)
+    assert (meta["vae"], meta["encoder"]) == (cfg.vae, cfg.encoder)
+    data = train_sit.Latents(tmp_path / "out", features=True)
+    assert (data.channels, data.size, data.moments) == (4, 4, True)
+
+
+def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, hub):
+    images, encoder, seen = draw_images(tmp_path / "images"), imagenet.load_encoder("any", 32, "cpu"), []
+
+    def vae(x, broken_at=None):
+        seen.append(len(x))
+        if len(seen) == broken_at:
+            raise RuntimeError("power cut")
+        return imagenet.latents_of(tiny_vae(), x)
+
+    imagenet.make(settings(images, tmp_path / "whole", batch=2), vae=vae, encoder=encoder)
+    assert seen == [1] + 6 * [2]                                    # the first image tells the shapes
+    seen.clear()
+    with pytest.raises(RuntimeError):
+        imagenet.make(settings(images, tmp_path / "parts", batch=2), vae=functools.partial(vae, broken_at=5), encoder=encoder)
+    assert not (tmp_path / "parts" / "meta.json").exists() and np.load(tmp_path / "parts" / ".done.npy").sum() == 3
+    say(train_sit.Latents, tmp_path / "parts")                      # not yet for training
+    seen.clear()
+    imagenet.make(settings(images, tmp_path / "parts", batch=2), vae=vae, encoder=encoder)
+    assert seen == [1] + 3 * [2]
+    whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
+    assert whole.keys() == parts.keys() == {"latents.npy", "labels.npy", "features.npy"}
+    assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def test_two_processes_share_the_work(tmp_path, hub):
+    images, vae = draw_images(tmp_path / "images"), functools.partial(imagenet.latents_of, tiny_vae())
+    imagenet.make(settings(images, tmp_path / "one"), vae=vae)
+    cfg = settings(images, tmp_path / "two")
+    imagenet.make(cfg, 0, 2, vae=vae)
+    assert np.load(tmp_path / "two" / ".done.npy").tolist() == [1, 0, 1]
+    imagenet.make(cfg, 1, 2, vae=vae)
+    assert not (tmp_path / "two" / "meta.json").exists()            # process 0 says when it is finished
+    imagenet.make(cfg, 0, 2, vae=vae)
+    one, two = content(tmp_path / "one"), content(tmp_path / "two")
+    assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+    assert (tmp_path / "one" / "meta.json").read_text() == (tmp_path / "two" / "meta.json").read_text()
+
+
+def test_an_exception_without_words_gives_its_name():
+    assert (imagenet.reason(EOFError()), imagenet.reason(OSError("a\nb"))) == ("EOFError", "a")
+
+
+def no_network(*arguments, **named):
+    raise OSError("no connection\nto anything")
+
+
+def spoil(what, images, out, monkeypatch):
+    """Damage one thing after a run was stopped; the flags with which it must refuse to go on."""
+    if what == "corrupt image":
+        file = max((images / "n10").iterdir())
+        file.write_bytes(file.read_bytes()[:60])
+    elif what == "other files":
+        (images / "n01" / "9.JPEG").rename(images / "n01" / "99.JPEG")
+    elif what == "finished":
+        (out / "meta.json").write_text("{}")
+    elif what == "other array":
+        np.save(out / "latents.npy", np.zeros((12, 8, 4, 4), np.float16))
+    elif what == "array gone":
+        (out / "labels.npy").unlink()
+    elif what == "full disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    elif what == "no diffusers":
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    elif what == "no such VAE":
+        monkeypatch.setattr(sys.modules["diffusers"].AutoencoderKL, "from_pretrained", no_network)
+    elif what == "offline":
+        monkeypatch.setattr(torch.hub, "load", no_network)
+    elif what == "empty class":
+        (images / "n05").mkdir()
+    elif what == "not empty":
+        (out / ".begun.json").unlink()
+    return {"other batch": dict(batch=3), "other vae": dict(vae="mine"), "no folder": dict(images=str(images / "none")),
+            "their parent": dict(images=str(images.parent)), "no classes": dict(images=str(images / "n01"))}.get(what, {})
+
+
+@pytest.mark.parametrize("what, says", [
+    ("corrupt image", "images/n10/9.JPEG cannot be used"), ("other files", "files 12 of"), ("finished", "finished"),
+    ("other array", "latents.npy is float16"), ("array gone", "labels.npy"), ("full disk", "0.0 GB free"),
+    ("no diffusers", "pip install diffusers"), ("no such VAE", "cannot be loaded: no connection"),
+    ("offline", "dinov2_vitb14 cannot be loaded: no connection"), ("empty class", "without images: ['n05']"),
+    ("not empty", "not empty"), ("other batch", "batch 5, not 3"), ("other vae", "ft-ema, not mine"),
+    ("no folder", "images/none has neither"), ("their parent", "without images: ['images'"), ("no classes", "one folder")])
+def test_a_stopped_run_that_cannot_go_on_says_why_in_one_line(tmp_path, hub, monkeypatch, what, says):
+    images, out = draw_images(tmp_path / "images", sizes=4 * [(33, 40)], modes=["RGB", "P"]), tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):                          # at the last chunk, of 2 images
+        imagenet.make(settings(images, out), vae=lambda x: torch.zeros(len(x), 8, 4, 4) / (1 // (len(x) - 2)))
+    changes = spoil(what, images, out, monkeypatch)
+    assert says in say(imagenet.make, dataclasses.replace(settings(images, out), **changes))
+
+
+def test_flags_of_imagenet_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["imagenet.py"])
+    for argv, says in (([], "are needed"), (["--images", tmp_path], "are needed"), (["--size", 300], "256"), (["--batch", 0], "from 1"),
+                       (["--images", "none", "--out", tmp_path], "none has neither"), (["--images", tmp_path, "--out", __file__], "--out")):
+        with pytest.raises(SystemExit) as stop:
+            imagenet.main([str(argument) for argument in argv])
+        assert str(stop.value).startswith("imagenet.py: ") and says in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_position_embeddings_are_resampled_and_the_class_token_is_kept():
+    code = torch.randn(1, 1 + 37 * 37, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(imagenet.resample_positions(code, 37), code)
+    row, column = torch.meshgrid(*[torch.arange(37.0)] * 2, indexing="ij")
+    code[0, 1:, 0], code[0, 1:, 1] = row.flatten(), column.flatten()      # what place a position says that it is
+    code[0, 1:, 2] = (row + column).flatten() % 2                         # nothing that a coarser grid could show
+    for size, side in ((256, 16), (512, 32)):
+        out = imagenet.resample_positions(code, 16 * size // 256)
+        assert out.shape == (1, 1 + side * side, 5) and torch.equal(out[:, 0], code[:, 0])
+        place = (torch.arange(side) + 0.5) * 37 / side - 0.5
+        row, column = out[0, 1:, :2].unflatten(0, (side, side)).unbind(-1)
+        inner = slice(3, -3)
+        assert (row - place[:, None])[inner, inner].abs().max() < 0.03
+        assert (column - place)[inner, inner].abs().max() < 0.03
+        if side == 16:
+            assert (out[0, 1:, 2] - 0.5).abs().max() < 0.1
+
+
+def test_the_encoder_sees_normalised_images_at_seven_eighths_of_their_size():
+    seen = []
+    encoder = types.SimpleNamespace(forward_features=lambda x: seen.append(x) or {"x_norm_patchtokens": x})
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 512, 512)
+    imagenet.tokens_of(encoder, images)
+    imagenet.tokens_of(encoder, images[..., :256, :256])
+    assert [x.shape for x in seen] == [(2, 3, 448, 448), (2, 3, 224, 224)]
+    expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert all((x - expected[:, None, None]).abs().max() < 1e-4 for x in seen)
+
+
+def test_int8_tokens_change_the_alignment_loss_by_less_than_a_thousandth():
+    """Tokens as DINOv2's, with tails and with dimensions ten times as large as the others; h at every angle to them."""
+    random, B, T, D = torch.Generator().manual_seed(0), 4, 256, 768
+    draw = lambda: torch.randn(B, T, D, generator=random)
+    y, worst = draw() * (0.3 * draw()).exp(), 0.0
+    y[..., :3] *= 10
+    for cosine in torch.linspace(-1, 1, 9):
+        away = draw()
+        away = F.normalize(away - (away * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True) * y, dim=-1)
+        h = cosine * F.normalize(y, dim=-1) + (1 - cosine ** 2).sqrt() * away
+        exact, stored = fpo.alignment_loss(h, y), fpo.alignment_loss(h, imagenet.to_int8(y))
+        assert torch.allclose(exact, -cosine.expand(B), atol=1e-4)
+        worst = max(worst, (exact - stored).abs().max().item())
+    print(f"int8 tokens: the alignment loss changes by at most {worst:.1e}")
+    assert worst < 1e-3
+
+
+def test_int8_tokens_use_the_whole_range_and_keep_zeros():
+    y = torch.tensor([[0.0, 0.0, 0.0], [0.5, -2.0, 0.25], [3e4, 1.0, -3e4]])
+    assert imagenet.to_int8(y).tolist() == [[0, 0, 0], [32, -127, 16], [127, 0, -127]]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The layouts of REPA and fast-DiT
+
+
+def repa_folder(folder, n=7, images=True):
+    random, entries = np.random.RandomState(1), []
+    for i in random.permutation(n):
+        name = f"0000{i % 2}/img-mean-std-{i:08d}.npy"
+        for part in ("vae-sd", "images"):
+            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vae-sd" / name, np.full((8, 4, 4), i, np.float32) + random.rand(8, 4, 4).astype(np.float32))
+        Image.new("RGB", (32, 32), (int(i), 20 * int(i), 9)).save(folder / "images" / f"0000{i % 2}/img{i:08d}.png")
+        entries.append([name, int(i) % 5])
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": entries}))
+    if not images:
+        shutil.rmtree(folder / "images")
+    return folder
+
+
+def fast_dit_folder(folder, n=7, size=256):
+    for part in ("features", "labels"):
+        (folder / f"imagenet{size}_{part}").mkdir(parents=True)
+    for i in range(n):
+        latents = np.random.RandomState(i).randn(1, 4, 4, 4).astype(np.float32)
+        np.save(folder / f"imagenet{size}_features" / f"{i}.npy", latents)
+        np.save(folder / f"imagenet{size}_labels" / f"{i}.npy", np.array([90 * i]))
+    return folder
+
+
+def test_repa_folders_are_read_as_they_lie(tmp_path):
+    meta, arrays = imagenet.read_foreign(repa_folder(tmp_path))
+    assert (meta["scale"], meta["bias"], meta["moments"], meta["num_classes"], meta["vae"]) == (0.18215, 0, True, 5, None)
+    assert meta["layout"] == "REPA" and arrays.keys() == {"latents", "labels", "images"}
+    assert (arrays["latents"].shape, arrays["latents"].dtype, len(arrays["latents"])) == ((7, 8, 4, 4), np.float32, 7)
+    assert (arrays["images"].shape, arrays["images"].dtype) == ((7, 3, 32, 32), np.uint8)
+    rows = np.array([4, 0, 4, 6, 5, 1, 3, 2])
+    latents, labels, images = (arrays[name][rows] for name in ("latents", "labels", "images"))
+    numbers = images[:, 0, 0, 0]                                    # the picture says which image it is
+    assert sorted(set(numbers)) == list(range(7)) and (images[:, 1, 3, 5] == 20 * numbers).all()
+    assert (latents.astype(int) == numbers[:, None, None, None]).all() and (labels == numbers % 5).all()
+    assert labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_fast_dit_folders_are_read_as_they_lie(tmp_path, size):
+    meta, arrays = imagenet.read_foreign(fast_dit_folder(tmp_path, 11, size))
+    assert (meta["scale"], meta["bias"], meta["moments"], meta["num_classes"], meta["vae"]) == (1, 0, False, 1000, None)
+    assert meta["layout"] == "fast-DiT" and arrays.keys() == {"latents", "labels"}
+    assert (arrays["latents"].shape, arrays["labels"].shape) == ((11, 4, 4, 4), (11,))
+    rows = np.array([10, 2, 0, 2])
+    assert (arrays["labels"][rows] == 90 * rows).all()
+    assert (arrays["latents"][rows] == [np.random.RandomState(i).randn(4, 4, 4).astype(np.float32) for i in rows]).all()
+
+
+@pytest.mark.parametrize("kind, encoder", [("REPA", "dinov2_vitb14"), ("REPA", "none"), ("REPA without images", "dinov2_vitb14"),
+                                           ("fast-DiT", "dinov2_vitb14")])
+def test_the_layouts_of_others_are_repacked_without_a_vae(tmp_path, hub, capsys, kind, encoder):
+    make = fast_dit_folder if kind == "fast-DiT" else functools.partial(repa_folder, images="without" not in kind)
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    imagenet.make(settings(source, out, batch=3, encoder=encoder))
+    with_features = (kind, encoder) == ("REPA", "dinov2_vitb14")
+    assert hub == ["facebookresearch/dinov2 dinov2_vitb14"] * with_features
+    assert ("no features" not in capsys.readouterr().out) == with_features == (out / "features.npy").exists()
+    (meta, foreign), ours = imagenet.read_foreign(source), train_sit.Latents(out, features=with_features)
+    assert {key: ours.meta[key] for key in ("scale", "bias", "moments", "num_classes", "vae")} == {
+        key: meta[key] for key in ("scale", "bias", "moments", "num_classes", "vae")}
+    assert ours.meta["made_from"] == meta["layout"]
+    everything = np.arange(7)
+    assert (ours.latents == foreign["latents"][everything]).all() and (ours.labels == foreign["labels"][everything]).all()
+    if with_features:
+        tokens = imagenet.load_encoder("any", 32, "cpu")(torch.from_numpy(foreign["images"][everything]))
+        stored = torch.from_numpy(np.load(out / "features.npy")).float()
+        assert F.cosine_similarity(tokens, stored, dim=-1).min() > 0.999
+
+
+def test_torchrun_repacks_with_two_processes(tmp_path):
+    source, out = repa_folder(tmp_path / "source", 40), tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "data" / "imagenet.py",
+               "--images", source, "--out", out, "--batch", "8", "--encoder", "none"]
+    run = subprocess.run(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0 and f"made {out}: 40 images of 5 classes" in run.stdout, run.stdout
+    _, arrays = imagenet.read_foreign(source)
+    assert all(np.array_equal(np.load(out / f"{name}.npy"), arrays[name][np.arange(40)]) for name in ("latents", "labels"))
+
+
+def test_every_process_names_the_file_that_it_cannot_read(tmp_path, monkeypatch):
+    source, out = fast_dit_folder(tmp_path / "source"), tmp_path / "out"
+    imagenet.make(settings(source, out, size=256, batch=2), 0, 2)
+    (source / "imagenet256_features" / "6.npy").write_bytes(b"")      # of chunk 3, thus of process 1
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_sit, "start_processes", lambda: (1, 2, torch.device("cpu")))
+    with pytest.raises(SystemExit) as stop:
+        imagenet.main(["--images", str(source), "--out", str(out), "--batch", "2"])
+    assert f"{source}/imagenet256_features/6.npy cannot be used" in str(stop.value) and "\n" not in str(stop.value)
+    assert np.load(out / ".done.npy").tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("what, says", [
+    ("missing latents", "imagenet256_features must hold"), ("missing label", "imagenet256_labels/3.npy cannot be used"),
+    ("corrupt", "imagenet256_features/3.npy cannot be used"), ("pickle", "imagenet256_features/3.npy cannot be used"),
+    ("shape", "another shape or type than 0.npy, float32 (1, 4, 4, 4)"), ("type", "another shape or type"), ("none", "must hold"),
+    ("json", "dataset.json has no list"), ("no labels", "dataset.json has no list"), ("no picture", "img00000003.png"),
+    ("empty", "REPA"), ("pixels", "--pixels: there are no images")])
+def test_damaged_foreign_folders_are_refused_in_one_line(tmp_path, what, says):
+    repa, fast = repa_folder(tmp_path / "repa"), fast_dit_folder(tmp_path / "fast")
+    file, folder = fast / "imagenet256_features" / "3.npy", fast
+    if what in ("missing latents", "missing label"):
+        (file if what == "missing latents" else fast / "imagenet256_labels" / "3.npy").unlink()
+    elif what == "corrupt":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif what == "pickle":
+        np.save(file, np.array([{}] * 2), allow_pickle=True)
+    elif what in ("shape", "type"):
+        np.save(file, np.zeros((1, 4, 4, 5), np.float32) if what == "shape" else np.zeros((1, 4, 4, 4)))
+    elif what == "none":
+        for file in file.parent.iterdir():
+            file.unlink()
+    elif what in ("json", "no labels", "no picture"):
+        folder = repa
+        if what == "no picture":
+            (repa / "images" / "00001" / "img00000003.png").unlink()
+        else:
+            (repa / "vae-sd" / "dataset.json").write_text("{" if what == "json" else '{"labels": []}')
+    elif what == "empty":
+        folder = tmp_path
+
+    def use():
+        _, arrays = imagenet.read_foreign(folder)
+        for array in arrays.values():
+            array[np.arange(7)]
+        imagenet.make(settings(folder, tmp_path / "out", pixels=True))
+
+    assert says in say(use)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -624,7 +624,7 @@ def together(work, rank, world, signals=()):
     except (OSError, ValueError) as problem:
         error = ValueError(problem)
     agreed = torch.tensor([max(signals, default=0), 0 if error is None else world - rank])
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(agreed, dist.ReduceOp.MAX)                     # between the CPUs: no GPU waits
     signal, first = agreed.tolist()
     if first:
@@ -772,6 +772,9 @@ def train(cfg):
     from tqdm import tqdm
     rank, world, device = start_processes()
     folder = data_folder(cfg.data, rank, world)
+    if cfg.encoder and world > 1:                                      # process 0 downloads it before all load it
+        from data import imagenet
+        together(lambda: rank or imagenet.load_encoder(cfg.encoder, 256, "cpu"), rank, world)
     (data, model, encode, saved), _ = together(lambda: prepare(cfg, folder, rank, world, device), rank, world)
     if world > 1:                                                      # auto is a measurement: all take process 0's
         dist.broadcast_object_list(choice := [cfg.amp], 0)

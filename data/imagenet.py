@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -27,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -36,14 +34,13 @@ class Config:
     images: str = ""                          # folder with one folder of images per class; or REPA's, or fast-DiT's
     out: str = ""                             # folder of the data set
     size: int = 256                           # side of the cropped images, pixels
-    vae: str = "stabilityai/sd-vae-ft-mse"    # autoencoder in diffusers, one whose scale is 0.18215
+    vae: str = "stabilityai/sd-vae-ft-ema"    # autoencoder in diffusers, one whose scale is 0.18215
     encoder: str = "dinov2_vitb14"            # encoder in facebookresearch/dinov2; none: no features
     pixels: bool = False                      # write the cropped images, too
-    batch: int = 64                           # images at a time in each process
-    workers: int = 16                         # threads that decode images in each process
+    batch: int = 32                           # images at a time in each process
 
 
-ACCEPTED = dict(size=[256, 512], batch=(1, 2 ** 16), workers=(1, 2 ** 10))
+ACCEPTED = dict(size=[256, 512], batch=(1, 2 ** 16))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -71,36 +68,36 @@ def read_image(path, size=None):
     return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
 
 
-def read_array(path):
-    """np.load of a file of numbers, for threads: np.load parses with ast, which is not safe there before 3.11.8."""
-    data = path.read_bytes()
-    header = re.match(rb".{8,10}{'descr': '(\S+)', 'fortran_order': (\w+), 'shape': \((.*?)\), } *\n", data, re.S)
-    if not header:
-        raise ValueError("it is no .npy file of numbers")
-    kind, fortran, shape = (group.decode() for group in header.groups())
-    shape = [int(n) for n in shape.split(",") if n.strip()]
-    return np.frombuffer(data, kind, offset=header.end()).reshape(shape, order="F" if fortran == "True" else "C")
-
-
 class Files:
     """Many files of one shape as one array: [rows (B,)] -> (B, ...), read by threads.
 
-    A leading axis of 1 is dropped: fast-DiT's files are (1, 4, 32, 32). ValueError names a file that is no good.
+    .npy files share one header, so the first one's stands for all. A leading axis of 1 is dropped: fast-DiT's are
+    (1, 4, 32, 32). ValueError names a file that is no good.
     """
 
-    def __init__(self, folder, names, read=read_array, workers=16):
-        self.folder, self.names, self.read, self.pool = Path(folder), names, read, ThreadPoolExecutor(workers)
-        self.shape = self.dtype = None
+    def __init__(self, folder, names, read=None):
+        self.folder, self.names, self.pool, self.read = Path(folder), names, ThreadPoolExecutor(16), read or self.array
+        self.array_shape = self.shape = self.dtype = None
         first = self.one(0)
         self.shape, self.dtype = (len(names), *first.shape), first.dtype
+
+    def array(self, path):
+        data = path.read_bytes()
+        if self.array_shape is None:
+            first = np.load(path, allow_pickle=False)
+            self.array_shape, self.array_dtype, self.header = first.shape, first.dtype, data[:len(data) - first.nbytes]
+            self.bytes = len(data)
+        if len(data) != self.bytes or not data.startswith(self.header):
+            raise ValueError(f"of another shape or type than {self.names[0]}, {self.array_dtype} {self.array_shape}")
+        array = np.frombuffer(data, self.array_dtype, offset=len(self.header)).reshape(self.array_shape)
+        return array[0] if array.ndim > 1 and len(array) == 1 else array.reshape(()) if array.size == 1 else array
 
     def one(self, row):
         path = self.folder / self.names[row]
         try:
-            item = np.asarray(self.read(path))
-            item = item[0] if item.ndim and len(item) == 1 else item
-            if self.shape and (item.shape, item.dtype) != (self.shape[1:], self.dtype):
-                raise ValueError(f"{item.dtype} {item.shape}, but {self.names[0]} is {self.dtype} {self.shape[1:]}")
+            item = self.read(path)
+            if self.shape and item.shape != self.shape[1:]:
+                raise ValueError(f"{item.shape}, but {self.names[0]} is {self.shape[1:]}")
             return item
         except Exception as error:
             raise ValueError(f"{path} cannot be used: {reason(error)}") from None
@@ -137,7 +134,7 @@ def read_fast_dit(features, labels):
     return meta, dict(latents=Files(features, names), labels=Files(labels, names))
 
 
-def read_images(folder, size, workers):
+def read_images(folder, size):
     """One folder of images per class: no latents yet."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     files = [sorted(f for f in os.listdir(folder / name) if f.lower().endswith(SUFFIXES)) for name in classes]
@@ -147,10 +144,10 @@ def read_images(folder, size, workers):
     names = [f"{name}/{file}" for name, inside in zip(classes, files) for file in inside]
     labels = np.repeat(np.arange(len(classes)), [len(inside) for inside in files])
     meta = dict(layout="images", scale=0.18215, bias=0.0, moments=True, num_classes=len(classes), vae=None)
-    return meta, dict(images=Files(folder, names, functools.partial(read_image, size=size), workers), labels=labels)
+    return meta, dict(images=Files(folder, names, functools.partial(read_image, size=size)), labels=labels)
 
 
-def read_foreign(folder, size=None, workers=16):
+def read_foreign(folder, size=None):
     """A folder in REPA's or fast-DiT's layout -> meta and arrays: latents, labels, images if there are any.
 
     array[rows (B,)] reads. With a size, one folder of images per class is accepted, too. ValueError for the rest.
@@ -162,28 +159,17 @@ def read_foreign(folder, size=None, workers=16):
         if (folder / f"imagenet{n}_features").is_dir():
             return read_fast_dit(folder / f"imagenet{n}_features", folder / f"imagenet{n}_labels")
     if size and folder.is_dir():
-        return read_images(folder, size, workers)
-    raise ValueError(f"{folder} has neither REPA's vae-sd/dataset.json nor fast-DiT's imagenet256_features/ or "
-                     f"imagenet512_features/{', and is no folder of images' if size else ''}")
-
-
-def wait():
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        return read_images(folder, size)
+    raise ValueError(f"{folder} has neither our meta.json, nor REPA's vae-sd/dataset.json, nor fast-DiT's "
+                     f"imagenet256_features/ or imagenet512_features/{', and is no folder of images' if size else ''}")
 
 
 def load(what, function):
-    """The frozen network that function() returns: by process 0 first, which downloads it, then by the others."""
-    last = dist.is_initialized() and dist.get_rank() > 0
+    """The frozen network that function() returns."""
     try:
-        for turn in (False, True):
-            if turn == last:
-                network = function().eval().requires_grad_(False)
-            wait()
+        return function().eval().requires_grad_(False)
     except Exception as error:
         raise ValueError(f"{what} cannot be loaded: {reason(error)}") from None
-    return network
 
 
 def load_vae(name, device):
@@ -232,7 +218,9 @@ def to_int8(tokens):
 
 def conversion(cfg, device, vae, encoder):
     """meta, the source's arrays, and for each array to write the one that it is made of, and how."""
-    meta, source = read_foreign(cfg.images, cfg.size, cfg.workers)
+    if (Path(cfg.out) / "meta.json").exists():
+        raise ValueError(f"{cfg.out} is finished: delete it to make it anew")
+    meta, source = read_foreign(cfg.images, cfg.size)
     if "images" not in source and cfg.pixels:
         raise ValueError(f"--pixels: there are no images in {cfg.images}")
     run = lambda network, images: network(torch.from_numpy(images).to(device)).cpu().numpy()
@@ -246,23 +234,27 @@ def conversion(cfg, device, vae, encoder):
     return meta, source, plan
 
 
-def open_folder(out, settings, specs, rank):
-    """The arrays of out on the disk, specs being name -> (shape, dtype); process 0 makes them if out is new."""
-    begun = out / ".begun.json"
-    wait()                                                 # all have looked whether anything is in the way
-    if rank == 0 and not begun.exists():
+def open_folder(out, settings, specs):
+    """Make the arrays in a new folder, or check that a stopped run's are those of settings and specs (shape, dtype)."""
+    begun, new = out / ".begun.json", not (out / ".begun.json").exists()
+    if new and any(out.glob("[!.]*")):
+        raise ValueError(f"{out} is not empty: choose another --out")
+    left = 1 if new else 1 - np.load(out / ".done.npy", allow_pickle=False).mean()
+    need = left * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()) / 1e9
+    if (free := shutil.disk_usage(out).free / 1e9) < need:
+        raise ValueError(f"--out {out} has {free:.1f} GB free, but {need:.1f} GB will be written")
+    if new:
         for name, (shape, dtype) in specs.items():
             np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, shape).flush()
         begun.write_text(json.dumps(settings))
-    wait()
     for name, was in json.loads(begun.read_text()).items():
         if was != settings[name]:
             raise ValueError(f"{out} was begun with {name} {was}, not {settings[name]}: choose another --out")
-    arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in specs}
-    for name, array in arrays.items():
-        if (array.shape, array.dtype) != specs[name]:
+    for name, (shape, dtype) in specs.items():
+        array = np.load(out / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if (array.shape, array.dtype) != (shape, dtype):
             raise ValueError(f"{out}/{name}.npy is {array.dtype} {array.shape}, not as begun: choose another --out")
-    return arrays
+        print(f"{out}/{name}.npy: {array.dtype} {array.shape}, {array.nbytes / 1e9:.2f} GB")
 
 
 def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
@@ -271,28 +263,24 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     vae, encoder: functions from uint8 images (B, 3, H, H) to latents, tokens; by default cfg's are loaded.
     """
     from tqdm import tqdm
-    out = Path(cfg.out)
-    if (out / "meta.json").exists():
-        raise ValueError(f"{out} is finished: delete it to make it anew")
-    if not (out / ".begun.json").exists() and any(out.glob("[!.]*")):
-        raise ValueError(f"{out} is not empty: choose another --out")
-    meta, source, plan = conversion(cfg, device, vae, encoder)
+    from train_sit import together
+    out, plans = Path(cfg.out), lambda: conversion(cfg, device, vae, encoder)
+    if world > 1:
+        together(lambda: rank or plans(), rank, world)     # process 0 first: it downloads the networks
+    meta, source, plan = together(plans, rank, world)[0]
     N, names = len(source["labels"]), next(a.names for a in source.values() if isinstance(a, Files))
     chunks = np.split(np.arange(N), range(cfg.batch, N, cfg.batch))
     read = lambda rows: {name: source[name][rows] for name in {name for name, _ in plan.values()}}
     convert = lambda part: {name: function(part[of]) for name, (of, function) in plan.items()}
     specs = {name: ((N, *a.shape[1:]), a.dtype) for name, a in convert(read(chunks[0][:1])).items()}
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("images", "out", "workers")}
+    specs[".done"] = ((len(chunks),), np.dtype("uint8"))
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("images", "out")}
     settings["files"] = f"{N} of hash {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
-    arrays = open_folder(out, settings, specs | {".done": ((len(chunks),), np.dtype("uint8"))}, rank)
+    together(lambda: rank or open_folder(out, settings, specs), rank, world)
+    arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in specs}
     done = arrays.pop(".done")
-    if rank == 0:
-        print(*(f"{a.filename}: {a.dtype} {a.shape}, {a.nbytes / 1e9:.2f} GB" for a in arrays.values()), sep="\n")
-        if "features" not in arrays:
-            print("no features:", "--encoder none" if cfg.encoder == "none" else f"there are no images in {cfg.images}")
-    free, need = shutil.disk_usage(out).free / 1e9, sum(a.nbytes for a in arrays.values()) / 1e9 * (1 - done.mean())
-    if free < need:
-        raise ValueError(f"--out {out} has {free:.1f} GB free, but {need:.1f} GB will be written")
+    if rank == 0 and "features" not in arrays:
+        print("no features:", "--encoder none" if cfg.encoder == "none" else f"there are no images in {cfg.images}")
 
     todo = [k for k in range(rank, len(chunks), world) if not done[k]]
     reader = ThreadPoolExecutor(1)                         # reads the next chunk while this one is converted
@@ -305,8 +293,8 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
             arrays[name].flush()
         done[k] = 1                                        # only now that the rows are on the disk
         done.flush()
-    while rank == 0 and dist.is_initialized() and not done.all():
-        time.sleep(1)                                      # wait() would give up after half an hour
+    while rank == 0 and torch.distributed.is_initialized() and not done.all():
+        time.sleep(1)                                      # a barrier would give up after half an hour
     if rank == 0 and done.all():
         meta.update(size=8 * arrays["latents"].shape[-1], encoder=cfg.encoder if "features" in arrays else None,
                     feature_scale="the largest entry of each token is 127", made_from=meta.pop("layout"))
@@ -328,8 +316,6 @@ def main(argv=None):
         make(cfg, rank, world, device)
     except (ValueError, OSError) as error:
         fail(error, anywhere=True)                         # a file that is no good is known to one process
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
