@@ -1142,6 +1142,26 @@ def test_accumulation_is_the_same_run_and_only_a_ranking_costs_a_second_forward_
     np.testing.assert_allclose(log_of(tmp_path / "4"), log_of(tmp_path / "1"), rtol=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(align="nt_xent", timesteps="vr_loss"), dict(fpo="off", weighting="min_snr", accumulate=2),
+                                     dict(align="vrpo", vrpo_weights="inverse_variance")], ids=["default", "vr_loss", "min_snr", "vrpo"])
+def test_no_step_asks_a_tensor_for_its_value(folder, tmp_path, changes, monkeypatch):
+    """On a GPU each such question waits for it. Only the ends of logging intervals ask: 4 and 8 steps ask equally often."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    asking, counts = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select), []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += function.overloadpacket in asking
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(train_sit, "write_pictures", lambda *_: None)
+    for steps in (4, 8):
+        counts.append(0)
+        with Count():
+            assert run(flags(folder, tmp_path / str(steps), **changes) + ["--steps", steps, "--log_every", steps]) == 0
+    assert counts[0] == counts[1] > 0
+
+
 def test_checkpointing_makes_the_same_run_and_runs_every_block_once_more(folder, tmp_path, trained, monkeypatch):
     modulate, calls = train_sit.modulate, []
     monkeypatch.setattr(train_sit, "modulate", lambda *a: calls.append(1) or modulate(*a))
@@ -1793,6 +1813,31 @@ def test_cost_of_the_method_in_a_training_step_of_the_tiny_model():
              "EMA": seconds(lambda: torch._foreach_lerp_(ema, [p.detach() for p in parameters], 0.01)), "log": seconds(log)}
     print(f"\nstep {1e3 * whole:.0f} ms; share of it: " + ", ".join(f"{k} {v / whole:.2%}" for k, v in parts.items()))
     assert parts["FPO"] < 0.01 * whole and sum(parts.values()) < 0.03 * whole
+
+
+def test_cost_of_vrpo_beside_repa():
+    torch.manual_seed(0)
+    model = awake(train_sit.SiT(16, 1, 10, **train_sit.MODELS["tiny"], feature_dim=64)).train()
+    x, t, y = torch.randn(128, 1, 16, 16), torch.rand(128), torch.arange(128) % 10
+    eps, features = torch.randn(x.shape), torch.randint(-127, 128, (128, 16, 64), dtype=torch.int8)
+    x_t, v = fpo.interpolate(x, eps, t)
+    amp, state = train_sit.bf16_is_faster(torch.device("cpu")), {}
+
+    def step(stability):
+        cfg = train_sit.Config(align="vrpo", vrpo_stability=stability or 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            prediction, z = model(x_t, t, y, features=True)
+        align = (fpo.alignment_loss(z, features) if stability is None else
+                 train_sit.vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, 0, 1))
+        (fpo.velocity_loss(prediction, v) + 0.5 * align).mean().backward()
+        state.clear()
+
+    kinds, times = (None, 0.0, 0.25), []
+    for _ in range(9):                                                # in turn: the machine's speed drifts
+        times.append([timeit.timeit(lambda: step(kind), number=1) for kind in kinds])
+    repa, plain, quarter = np.min(times[1:], 0)
+    print(f"\nREPA {1e3 * repa:.0f} ms forward and backward; VRPO without stability +{plain / repa - 1:.1%}, on a quarter +{quarter / repa - 1:.1%}")
+    assert plain < 1.03 * repa + 2e-3 and quarter < 1.1 * repa + 2e-3
 
 
 def test_cost_of_importing_is_that_of_torch():

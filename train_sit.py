@@ -409,7 +409,8 @@ class Timesteps:
         if self.kind != "vr_loss":
             return
         s, bins = self.state, len(self.state["t"])
-        member = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).float()          # (B, bins)
+        bin = (t * bins).long().clamp(0, bins - 1)
+        member = (bin[:, None] == torch.arange(bins, device=t.device)).float()          # (B, bins)
         s["loss"], s["count"] = decay * s["loss"] + losses @ member, decay * s["count"] + member.sum(0)
         mean = s["loss"].sum() / s["count"].sum()
         curve = torch.where(s["count"] > 0, s["loss"] / s["count"].clamp_min(1e-9), mean)
