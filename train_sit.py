@@ -387,7 +387,7 @@ class Timesteps:
         alpha, sigma, _, _ = path(t)
         V, pdf = None, torch.ones_like(t)
         if self.kind == "vr_gaussian":
-            x = data.some(8192).flatten(1).to("cpu" if device.type == "mps" else device)
+            x = data.some(8192).flatten(1).to("cpu" if torch.device(device).type == "mps" else device)
             V = fpo.gaussian_posterior_variance(x, (alpha / sigma).to(x.device)).cpu()
         elif self.kind == "vr_monte_carlo":
             generator = torch.Generator().manual_seed(cfg.seed)
@@ -768,6 +768,11 @@ def prepare(cfg, folder, rank, world, device):
     return data, model, encode, saved
 
 
+def same_start(step, first, out):
+    if step != first:
+        raise ValueError(f"process 0 starts at step {first}, another at {step}: --out {out} must be on a shared disk")
+
+
 def train(cfg):
     """The whole run; returns the exit status: 0, or 128 + the signal that stopped it."""
     from tqdm import tqdm
@@ -777,10 +782,11 @@ def train(cfg):
         from data import imagenet
         together(lambda: rank or imagenet.load_encoder(cfg.encoder, 256, "cpu"), rank, world)
     (data, model, encode, saved), _ = together(lambda: prepare(cfg, folder, rank, world, device), rank, world)
+    model, path, step = model.to(device), fpo.PATHS[cfg.path], saved["step"] if saved else 0
     if world > 1:                                                      # auto is a measurement: all take process 0's
-        dist.broadcast_object_list(choice := [cfg.amp], 0)
-        cfg.amp = choice[0]
-    model, path, step = model.to(device), fpo.PATHS[cfg.path], 0
+        dist.broadcast_object_list(first := [cfg.amp, step], 0)
+        cfg.amp = first[0]
+        together(lambda: same_start(step, first[1], cfg.out), rank, world)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
     timesteps, vrpo = Timesteps(cfg, data, device), {}
@@ -788,7 +794,7 @@ def train(cfg):
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         opt.load_state_dict(saved["opt"])
-        timesteps.state, step = {k: v.to(device) for k, v in saved["timesteps"].items()}, saved["step"]
+        timesteps.state = {k: v.to(device) for k, v in saved["timesteps"].items()}
         vrpo = {k: tuple(v.to(device) for v in pair) for k, pair in saved.get("vrpo", {}).items()}
     if rank == 0 and cfg.timesteps.startswith("vr"):
         print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
