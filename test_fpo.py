@@ -1825,7 +1825,7 @@ def test_cost_of_vrpo_beside_repa():
     amp, state = train_sit.bf16_is_faster(torch.device("cpu")), {}
 
     def step(stability):
-        cfg = train_sit.Config(align="vrpo", vrpo_stability=stability or 0)
+        cfg = train_sit.Config(align="vrpo", vrpo_stability=stability or 0, amp="bf16" if amp else "fp32")
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             prediction, z = model(x_t, t, y, features=True)
         align = (fpo.alignment_loss(z, features) if stability is None else

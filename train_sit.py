@@ -691,8 +691,8 @@ def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, 
         every = round(1 / cfg.vrpo_stability)
         rows = slice(-rank * b % every, None, every)                              # 0, every, ... of the global batch
         t_near = (t[rows] - cfg.vrpo_near).clamp_min(1e-3 if cfg.path == "diffusion" else 0)
-        with torch.no_grad():
-            x_near, _ = fpo.interpolate(x[rows], eps[rows], t_near, path)
+        x_near, _ = fpo.interpolate(x[rows], eps[rows], t_near, path)
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
             near = model(x_near, t_near, y[rows], features="only")
         stability = torch.zeros_like(distance)
         stability[rows] = fpo.stability_reward(z[rows], near)
@@ -778,7 +778,7 @@ def train(cfg):
     from tqdm import tqdm
     rank, world, device = start_processes()
     folder = data_folder(cfg.data, rank, world)
-    if cfg.encoder and world > 1:                                      # process 0 downloads it before all load it
+    if cfg.encoder and cfg.repa and world > 1:                         # process 0 downloads it before all load it
         from data import imagenet
         together(lambda: rank or imagenet.load_encoder(cfg.encoder, 256, "cpu"), rank, world)
     (data, model, encode, saved), _ = together(lambda: prepare(cfg, folder, rank, world, device), rank, world)
