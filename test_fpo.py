@@ -1103,6 +1103,13 @@ def fast_dit(folder, n=64, size=8):
     return folder
 
 
+def test_a_label_that_is_no_class_is_refused_when_its_file_is_read(tmp_path):
+    data = fast_dit(tmp_path / "data")
+    np.save(data / "imagenet256_labels" / f"{train_sit.rows_of(3, 8, 0, 64)[5]}.npy", np.array([1000]))
+    said = run(flags(data, tmp_path / "out", repa=False, timesteps="uniform"))
+    assert "0 to 999 are accepted" in said and "\n" not in said
+
+
 def test_data_lost_under_a_running_job_end_all_processes_with_one_line(tmp_path):
     data = fast_dit(tmp_path / "data")
     job = launch(2, "train_sit.py", flags(data, tmp_path / "out", repa=False, timesteps="uniform") + ["--save_every", 1, "--steps", 100_000])
@@ -1126,6 +1133,7 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_keeps_the_last_whole_c
     job = launch(2, tmp_path / "main.py", flags(folder, tmp_path) + ["--steps", 9, "--save_every", 2])
     said = job.communicate(timeout=60)[0]
     assert job.returncode != 0 and said.count("cannot write") == 1 and f"checkpoint is {good}" in said, said
+    assert "Traceback" not in said.split("exitcode: 1")[0], said       # the others end in silence
     assert train_sit.newest_checkpoint(tmp_path) == good and not list(tmp_path.glob("*.tmp"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
@@ -1195,8 +1203,8 @@ def test_flops_are_those_that_torch_counts():
 
 def test_bench_reports_and_keeps_nothing(folder, tmp_path, capsys):
     assert run(flags(folder, tmp_path) + ["--bench", 2]) == 0
-    said = capsys.readouterr().out
-    assert "TFLOP/s" in said and "images/s from" in said and not list(tmp_path.iterdir())
+    said = capsys.readouterr()
+    assert "TFLOP/s" in said.out and "images/s from" in said.out and "4/4" in said.err and not list(tmp_path.iterdir())
     assert train_sit.matmul_rate(torch.device("cpu"), torch.float32) > 1e8
 
 

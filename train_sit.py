@@ -857,6 +857,13 @@ def train(cfg):
         if picture:
             write_pictures(ema, cfg, data.meta, f"samples-{step:07d}.png")
 
+    def agree(work):
+        try:
+            return together(work, rank, world, signals)
+        except BaseException:
+            bar.close()                                                # so that the error has a line of its own
+            raise
+
     reader, signals = ThreadPoolExecutor(3), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -870,7 +877,7 @@ def train(cfg):
     upcoming = collections.deque(reader.submit(fetch, step + k) for k in range(3))
 
     while step < cfg.steps:
-        batch, stopping = together(upcoming.popleft().result, rank, world, signals)
+        batch, stopping = agree(upcoming.popleft().result)
         if stopping:
             break
         upcoming.append(reader.submit(fetch, step + 3))
@@ -919,7 +926,7 @@ def train(cfg):
         picture = step % cfg.sample_every == 0 and step < cfg.steps
         bar.update()
         if log or save or picture:
-            together(record, rank, world)
+            agree(record)
         if log:
             running, since = 0, time.time()
 
@@ -927,9 +934,9 @@ def train(cfg):
     reader.shutdown(cancel_futures=True)
     if stopping:
         log = picture = False
-        together(record, rank, world)
+        agree(record)
     elif not cfg.bench:
-        together(lambda: rank or write_pictures(ema, cfg, data.meta, "samples.png"), rank, world)
+        agree(lambda: rank or write_pictures(ema, cfg, data.meta, "samples.png"))
     if rank == 0 and not cfg.bench:
         print(f"stopped at step {step}; wrote {newest_checkpoint(out)} and {out}/log.csv; the same command goes on"
               if stopping else
