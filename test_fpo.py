@@ -1093,25 +1093,15 @@ train_sit.main()
     np.testing.assert_allclose(log_of(tmp_path / "out"), log_of(tmp_path / "whole"), rtol=2e-3)
 
 
-def fast_dit(folder, n=64, size=8):
-    """A folder in fast-DiT's layout."""
-    for kind in ("features", "labels"):
-        (folder / f"imagenet256_{kind}").mkdir(parents=True)
-    for i in range(n):
-        np.save(folder / "imagenet256_features" / f"{i}.npy", torch.randn(1, 4, size, size, generator=seeded(i)).numpy())
-        np.save(folder / "imagenet256_labels" / f"{i}.npy", np.array([i % 10]))
-    return folder
-
-
 def test_a_label_that_is_no_class_is_refused_when_its_file_is_read(tmp_path):
-    data = fast_dit(tmp_path / "data")
+    data = fast_dit_folder(tmp_path / "data", 64, side=8)
     np.save(data / "imagenet256_labels" / f"{train_sit.rows_of(3, 8, 0, 64)[5]}.npy", np.array([1000]))
     said = run(flags(data, tmp_path / "out", repa=False, timesteps="uniform"))
     assert "0 to 999 are accepted" in said and "\n" not in said
 
 
 def test_data_lost_under_a_running_job_end_all_processes_with_one_line(tmp_path):
-    data = fast_dit(tmp_path / "data")
+    data = fast_dit_folder(tmp_path / "data", 64, side=8)
     job = launch(2, "train_sit.py", flags(data, tmp_path / "out", repa=False, timesteps="uniform") + ["--save_every", 1, "--steps", 100_000])
     while train_sit.newest_checkpoint(tmp_path / "out") is None:
         assert job.poll() is None, job.stdout.read()
@@ -1664,13 +1654,13 @@ def repa_folder(folder, n=7, images=True):
     return folder
 
 
-def fast_dit_folder(folder, n=7, size=256):
+def fast_dit_folder(folder, n=7, size=256, side=4):
     for part in ("features", "labels"):
         (folder / f"imagenet{size}_{part}").mkdir(parents=True)
     for i in range(n):
-        latents = np.random.RandomState(i).randn(1, 4, 4, 4).astype(np.float32)
+        latents = np.random.RandomState(i).randn(1, 4, side, side).astype(np.float32)
         np.save(folder / f"imagenet{size}_features" / f"{i}.npy", latents)
-        np.save(folder / f"imagenet{size}_labels" / f"{i}.npy", np.array([90 * i]))
+        np.save(folder / f"imagenet{size}_labels" / f"{i}.npy", np.array([90 * i % 1000]))
     return folder
 
 
