@@ -131,6 +131,49 @@ def precision_recall(real, fake, k=3):
     return covered(fake, real), covered(real, fake)
 
 
+def cknna(a, b, k=10):
+    """Kernel alignment over mutual k nearest neighbours [REPA Eq. 21-24]: (N, D), (N, D') -> 1 for equal geometry."""
+    kernels, near = [], []
+    for z in (a.double(), b.double()):
+        kernel = z @ z.T
+        kernels.append(kernel - kernel.mean(1, keepdim=True))
+        near.append(torch.zeros_like(kernel).scatter(1, kernel.fill_diagonal_(-math.inf).topk(k, 1).indices, 1.0))
+    align = lambda i, j: (near[i] * near[j] * kernels[i] * kernels[j]).sum()
+    return (align(0, 1) / (align(0, 0) * align(1, 1)).sqrt()).item()
+
+
+def linear_probe(z, labels, classes, ridge=1e-2):
+    """Accuracy on the second half of z (N, D), standardised, of ridge regression to one-hot labels on the first half.
+
+    differs from [REPA App. C]: closed form, in place of 90 epochs of Adam on a logistic loss.
+    """
+    half = len(z) // 2
+    z = torch.cat([(z - z[:half].mean(0)) / z[:half].std(0).clamp_min(1e-6), torch.ones(len(z), 1)], 1).double()
+    train, target = z[:half], F.one_hot(labels[:half], classes).double()
+    W = torch.linalg.solve(train.T @ train + ridge * half * torch.eye(z.shape[1]), train.T @ target)
+    return ((z[half:] @ W).argmax(1) == labels[half:]).double().mean().item()
+
+
+@torch.no_grad()
+def measure_features(model, data, path=fpo.linear, t=0.1, n=4000):
+    """What block encoder_depth knows of n images at time t without their labels, beside the data's encoder."""
+    rows, device = np.random.RandomState(1).permutation(len(data.labels))[:n], next(model.parameters()).device
+    latents, labels, features = data.batch(rows)
+    random, hidden, cosines = torch.Generator().manual_seed(1), [], []
+    hook = model.blocks[model.encoder_depth - 1].register_forward_hook(lambda m, i, h: hidden.append(h.mean(1).cpu()))
+    for part, y in zip(latents.split(200), features.split(200)):
+        noise, eps = torch.randn(2, len(part), model.channels, *part.shape[2:], generator=random)
+        batch_t, null = torch.full((len(part),), t), torch.full((len(part),), model.num_classes)
+        x_t, _ = fpo.interpolate(data.see(part, noise), eps, batch_t, path)
+        z = model(*(a.to(device) for a in (x_t, batch_t, null)), features="only" if len(model.projectors) else False)
+        cosines.append(-fpo.alignment_loss(z.cpu(), y) if len(model.projectors) else torch.full((1,), math.nan))
+    hook.remove()
+    hidden = torch.cat(hidden)
+    return {f"alignment, cosine (t = {t})": torch.cat(cosines).mean().item(),
+            f"alignment, CKNNA (k = 10, t = {t})": cknna(hidden, fpo.pooled(features)),
+            f"linear probe of block {model.encoder_depth} (t = {t})": linear_probe(hidden, labels, data.classes)}
+
+
 def measure(data, x, labels):
     """Everything that can be measured of samples x (N, C, H, W) against the data, under its full name."""
     folder, n = Path(data.folder), min(len(x), 5000)
@@ -170,7 +213,10 @@ def sample(cfg):
     if cfg.metrics and cfg.count < 10:
         raise ValueError(f"--metrics needs --count 10 or more, not {cfg.count}")
     rank, world, device = start_processes()
-    data = Latents(data_folder(cfg.data, rank, world)) if cfg.metrics else None
+    data = None
+    if cfg.metrics:
+        folder = Path(data_folder(cfg.data, rank, world))
+        data = Latents(folder, features=(folder / "features.npy").exists())
     if data and (data.channels, data.size) != (model.channels, model.arch["size"]):
         raise ValueError(f"--data {cfg.data} has {data.channels} x {data.size} x {data.size} latents, the checkpoint "
                          f"makes {model.channels} x {model.arch['size']} x {model.arch['size']}")
@@ -224,6 +270,7 @@ def sample(cfg):
         print("the pictures are a rough look at the latents; --vae stabilityai/sd-vae-ft-ema decodes them")
     if cfg.metrics:
         result = measure(data, torch.from_numpy(np.array(arrays["x"])), np.array(arrays["labels"]))
+        result |= measure_features(model, data, fpo.PATHS[config["path"]]) if data.targets is not None else {}
         for key, value in result.items():
             print(f"{value:10.4f}  {key}")
         (out / "metrics.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")

@@ -1280,6 +1280,46 @@ def test_frechet_distance_of_gaussians_and_precision_recall_of_known_sets():
     assert precision == 0.5 and recall < 0.05
 
 
+def test_cknna_is_1_for_a_rotation_and_low_for_strangers_and_counts_mutual_neighbours_alone():
+    a = torch.randn(300, 8, generator=seeded(70), dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=seeded(71), dtype=torch.float64)).Q
+    stranger = torch.randn(300, 8, generator=seeded(72), dtype=torch.float64)
+    assert abs(sample.cknna(a, a @ turn) - 1) < 1e-9 and abs(sample.cknna(a, stranger)) < 0.1
+    total, norms = 0.0, [0.0, 0.0]                                                               # Eq. 23 by loops, n = 30
+    a, b = a[:30], 0.7 * a[:30] + 0.3 * stranger[:30]
+    K, L = a @ a.T, b @ b.T
+    knn = lambda G, i: sorted((j for j in range(30) if j != i), key=lambda j: -G[i, j])[:10]
+    for i in range(30):
+        for j in knn(K, i):
+            k = K[i, j] - K[i].mean()
+            norms[0] += k * k
+            if j in knn(L, i):
+                total += k * (L[i, j] - L[i].mean())
+        norms[1] += sum((L[i, j] - L[i].mean()) ** 2 for j in knn(L, i))
+    assert abs(sample.cknna(a, b) - total / (norms[0] * norms[1]) ** 0.5) < 1e-9
+
+
+def test_the_linear_probe_reads_what_is_linear_and_nothing_else():
+    labels = torch.arange(2000) % 5
+    z = torch.randn(2000, 12, generator=seeded(73)) + 7
+    assert abs(sample.linear_probe(z, labels, 5) - 0.2) < 0.06
+    z[:, :5] += 8 * F.one_hot(labels, 5)
+    assert sample.linear_probe(1e-3 * z, labels, 5) > 0.99
+
+
+def test_metrics_of_features_see_the_hidden_tokens_without_the_label(folder, trained):
+    model, _ = train_sit.load_model(train_sit.newest_checkpoint(trained))
+    data, seen = train_sit.Latents(folder, features=True), []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args))
+    result = sample.measure_features(model, data, t=0.3)
+    x, t, y = seen[0]
+    assert len(seen) == 1 and len(x) == 64 and (t == 0.3).all() and (y == 10).all() and len(result) == 3
+    z = model(x, t, y, features=True)[1]
+    rows = np.random.RandomState(1).permutation(64)
+    cosine = F.cosine_similarity(z, torch.from_numpy(np.load(folder / "features.npy")[rows]).float(), dim=-1).mean()
+    assert abs(result["alignment, cosine (t = 0.3)"] - cosine) < 1e-5
+
+
 def damaged(folder, tmp_path, what):
     """A copy of the data folder with one thing wrong."""
     for file in folder.iterdir():
