@@ -506,8 +506,8 @@ def heun(v, x, steps, end=0.0):
 def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
     """Dormand-Prince 5(4) with error control *per sample*, so that an image does not depend on its batch.
 
-    Every sample has its own t and step; each round is 6 evaluations for all (7 in the first). Raises RuntimeError
-    after max_steps rounds. Needs widened.
+    Every sample has its own t and step; each round is 6 evaluations for all (7 in the first). Raises
+    ArithmeticError after max_steps rounds, or where v is not finite. Needs widened.
     """
     tableau = [[1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
                [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
@@ -530,12 +530,14 @@ def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
         error = step * sum(e * k for e, k in zip(error_row, slopes))
         error = error / (atol + rtol * torch.maximum(x.abs(), trial.abs()))
         error = error.square().flatten(1).mean(1).sqrt()                           # (B,), accepted where <= 1
+        if not error.isfinite().all():
+            raise ArithmeticError("dopri5: v is not finite")
         accept = error <= 1
         keep = accept.reshape(column)
         x, slopes = torch.where(keep, trial, x), [torch.where(keep, slopes[-1], slopes[0])]
         t = torch.where(accept, torch.where(h >= t - end, t.new_tensor(end), t - h), t)
         h = h.clamp_min(1e-6) * (0.9 * error.clamp_min(1e-10) ** -0.2).clamp(0.2, 5)
-    raise RuntimeError(f"dopri5: not at t = {end} after {max_steps} steps; loosen rtol and atol, or check v for NaN")
+    raise ArithmeticError(f"dopri5: not at t = {end} after {max_steps} steps; loosen rtol and atol, or check v for NaN")
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
 import dataclasses
 import json
 import math
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import fpo
+from data import imagenet
 from train_sit import (Latents, as_velocity, data_folder, fail, load_model, newest_checkpoint, parse_flags,
                        start_processes, together, writable)
 
@@ -48,7 +50,7 @@ class Config:
 
 
 ACCEPTED = dict(amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6),
-                tolerance=(1e-12, 1), w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
+                tolerance=(1e-12, 1), guidance=(0, 1000), w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
 SAMPLERS = {                              # v, noise, flags, path, one generator for each image, end -> images
     "euler": lambda v, x, cfg, path, g, end: fpo.euler(v, x, cfg.steps, end),
     "heun": lambda v, x, cfg, path, g, end: fpo.heun(v, x, cfg.steps, end),
@@ -69,8 +71,9 @@ def to_pixels(x, meta, vae=None):
 
     Without a VAE: gray if C = 1, else a rough look at three channels.
     """
-    if vae:
-        x = torch.cat([vae.decode(part).sample for part in (x / meta["scale"] + meta["bias"]).split(8)])
+    if vae:                                                            # scaled_by: fast-DiT's are scaled on the disk
+        z = (x / meta["scale"] + meta["bias"]) / meta.get("scaled_by", 1)
+        x = torch.cat([vae.decode(part).sample for part in z.split(8)])
         x = 127.5 * (x.float() + 1)
     else:
         x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
@@ -101,6 +104,9 @@ def generate(model, config, cfg, rows, device):
     end = 1e-3 if config["path"] == "diffusion" else 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
+    if not x.isfinite().all():
+        raise ValueError(f"images {rows[0]} to {rows[-1]} came out with numbers that are not finite: what is wrong "
+                         f"with the checkpoint, or with --guidance {cfg.guidance} --amp {cfg.amp}?")
     return x.float(), np.array(labels), v.nfe
 
 
@@ -111,11 +117,7 @@ def generate(model, config, cfg, rows, device):
 def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two feature sets (N, D), (N', D), in float64."""
     a, b = a.double(), b.double()
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    value, vector = torch.linalg.eigh(A)
-    root = vector * value.clamp_min(0).sqrt() @ vector.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+    return -fpo.frechet_reward(b, a.mean(0), torch.cov(a.T)).item()
 
 
 def precision_recall(real, fake, k=3):
@@ -199,8 +201,8 @@ def measure(data, x, labels):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def sample(cfg):
-    from tqdm import tqdm
+def prepare(cfg, folder, device):
+    """All that can refuse to start, but for the disk: model, config, meta, data or None, VAE or None."""
     path = newest_checkpoint(cfg.checkpoint) if Path(cfg.checkpoint).is_dir() else Path(cfg.checkpoint)
     if path is None:
         raise ValueError(f"no checkpoint in {cfg.checkpoint}")
@@ -209,51 +211,62 @@ def sample(cfg):
         raise ValueError(f"--classes {cfg.classes}: labels from 0 to {model.num_classes - 1} are accepted")
     if len(cfg.interval) != 2 or not 0 <= cfg.interval[0] <= cfg.interval[1] <= 1:
         raise ValueError(f"--interval {cfg.interval}: two numbers in [0, 1], the smaller first, are accepted")
-    meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
     if cfg.metrics and cfg.count < 10:
         raise ValueError(f"--metrics needs --count 10 or more, not {cfg.count}")
-    rank, world, device = start_processes()
-    data = None
-    if cfg.metrics:
-        folder = Path(data_folder(cfg.data, rank, world))
-        data = Latents(folder, features=(folder / "features.npy").exists())
+    data = Latents(folder, features=(folder / "features.npy").exists()) if cfg.metrics else None
     if data and (data.channels, data.size) != (model.channels, model.arch["size"]):
         raise ValueError(f"--data {cfg.data} has {data.channels} x {data.size} x {data.size} latents, the checkpoint "
                          f"makes {model.channels} x {model.arch['size']} x {model.arch['size']}")
-    vae = None
-    if cfg.vae:
-        from data import imagenet
-        for turn in (lambda: rank or imagenet.load_vae(cfg.vae, device), lambda: imagenet.load_vae(cfg.vae, device)):
-            vae, _ = together(turn, rank, world)                       # process 0 first, which downloads it
-    torch.backends.cuda.matmul.allow_tf32 = cfg.amp == "tf32"
-    out, start = writable(cfg.out, rank), time.time()
-    size, model = model.arch["size"], model.to(device)
-    latent = (model.channels, size, size)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.amp == "tf32"
+    vae = imagenet.load_vae(cfg.vae, device) if cfg.vae else None
+    config.update(checkpoint=str(path), meta=config["meta"] or {"scale": 0.18215, "bias": 0.0})
+    return model.to(device), config, config["meta"], data, vae
+
+
+def allocate(out, files, shapes):
+    """Arrays on the disk, for all processes: never in memory. They are sparse: later, a full disk would be a crash."""
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize / 1e9 for name, (shape, dtype) in shapes.items()}
+    need = 2 * sizes["arr_0"] + sizes["x"]                             # the .npz holds it once more
+    if (free := shutil.disk_usage(out).free / 1e9) < need:
+        raise ValueError(f"--out {out} has {free:.1f} GB free, but {need:.1f} GB will be written")
+    for name, (shape, dtype) in shapes.items():
+        np.lib.format.open_memmap(files[name], "w+", dtype, shape).flush()
+
+
+def sample(cfg):
+    from tqdm import tqdm
+    rank, world, device = start_processes()
+    folder = Path(data_folder(cfg.data, rank, world)) if cfg.metrics else None
+    if cfg.vae and world > 1:                                          # process 0 downloads it before all load it
+        together(lambda: rank or imagenet.load_vae(cfg.vae, "cpu"), rank, world)
+    (model, config, meta, data, vae), _ = together(lambda: prepare(cfg, folder, device), rank, world)
+    out, _ = together(lambda: writable(cfg.out, rank), rank, world)
+    latent, start = (model.channels, model.arch["size"], model.arch["size"]), time.time()
     pixels = to_pixels(torch.zeros(1, *latent, device=device), meta, vae).shape[1:]
     shapes = {"arr_0": ((cfg.count, *pixels), np.uint8), "labels": ((cfg.count,), np.int64),
               "x": ((cfg.count, *latent), np.float32)}
-    files = {name: out / f".{name}.npy" for name in shapes}            # on the disk, for all processes: never in memory
-    if rank == 0:
-        for name, (shape, dtype) in shapes.items():
-            np.lib.format.open_memmap(files[name], "w+", dtype, shape).flush()
-    if world > 1:
-        dist.barrier()
-    arrays = {name: np.load(file, mmap_mode="r+") for name, file in files.items()}
+    files = {name: out / f".{name}.npy" for name in shapes}
+    together(lambda: rank or allocate(out, files, shapes), rank, world)
+    arrays = {name: np.load(file, mmap_mode="r+", allow_pickle=False) for name, file in files.items()}
     mine = np.arange(cfg.count)[rank * cfg.count // world:(rank + 1) * cfg.count // world]
-    nfe = 0
-    for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
-        rows = mine[k:k + cfg.batch]
-        x, labels, nfe = generate(model, config, cfg, rows, device)
-        arrays["x"][rows], arrays["labels"][rows] = x.cpu().numpy(), labels
-        arrays["arr_0"][rows] = to_pixels(x, meta, vae).numpy()
-    for array in arrays.values():
-        array.flush()
+
+    def draw():
+        nfe = 0
+        for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
+            rows = mine[k:k + cfg.batch]
+            x, labels, nfe = generate(model, config, cfg, rows, device)
+            arrays["x"][rows], arrays["labels"][rows] = x.cpu().numpy(), labels
+            arrays["arr_0"][rows] = to_pixels(x, meta, vae).numpy()
+        for array in arrays.values():
+            array.flush()
+        return nfe
+
+    nfe, _ = together(draw, rank, world)
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
     if rank > 0:
         return
-    settings = dict(dataclasses.asdict(cfg), checkpoint=str(path), step=config["step"], path=config["path"],
+    settings = dict(dataclasses.asdict(cfg), checkpoint=config["checkpoint"], step=config["step"], path=config["path"],
                     predict=config["predict"], vae=cfg.vae or None, trained_on_vae=meta.get("vae"), nfe=nfe,
                     processes=world)
     np.save(out / ".settings.npy", json.dumps(settings))
@@ -282,8 +295,8 @@ def main(argv=None):
     cfg = parse_flags(Config, dict(ACCEPTED, sampler=list(SAMPLERS)), argv, __doc__)
     try:
         sample(cfg)
-    except ValueError as error:
-        fail(error)
+    except (ValueError, ArithmeticError) as error:
+        fail(error, anywhere=True)
 
 
 if __name__ == "__main__":

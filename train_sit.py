@@ -99,7 +99,7 @@ ACCEPTED = dict(                          # a list of names, or the least and th
     vrpo_weights=list(VRPO_WEIGHTS), vrpo_stability=SHARE, vrpo_near=SHARE, vrpo_eta=AMOUNT,
     fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
     timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
-    compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=COUNT, batch=COUNT, log_every=COUNT,
+    compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=(1, 9_999_999), batch=COUNT, log_every=COUNT,
     sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
     lr=AMOUNT, clip=AMOUNT, repa_weight=AMOUNT, ema=SHARE, vr_uniform=SHARE, label_dropout=SHARE, fpo_align_from=SHARE,
     seed=(0, 2 ** 31))
@@ -297,8 +297,8 @@ class Latents:
                 from data import imagenet
                 self.meta, arrays = imagenet.read_foreign(self.folder)
                 arrays = {name: arrays[name] for name in wanted}
-            self.classes, _, _ = (self.meta[key] for key in ("num_classes", "scale", "bias"))
-        except (OSError, ValueError, KeyError) as error:
+            self.classes, scale, bias = (self.meta[key] + 0 for key in ("num_classes", "scale", "bias"))      # numbers
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features): "
                              f"{type(error).__name__} {error}") from None
         self.latents, self.labels = arrays["latents"], arrays["labels"]
@@ -380,20 +380,23 @@ class Timesteps:
     """Draws t (B,) from uniform u (B,). The VR kinds hold a density on a grid; it is part of the checkpoint."""
 
     def __init__(self, cfg, data, device):
-        self.kind, self.uniform, self.mean = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean
+        self.kind, self.uniform, self.mean, self.predict = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean, cfg.predict
         self.least = 1e-3 if cfg.path == "diffusion" else 0.0                  # sigma' is infinite at 0 there
-        bins, path = 100 if self.kind == "vr_loss" else 1000, fpo.PATHS[cfg.path]
+        bins, self.path = 100 if self.kind == "vr_loss" else 1000, fpo.PATHS[cfg.path]
         t = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).clamp_min(self.least)
-        alpha, sigma, _, _ = path(t)
+        alpha, sigma, _, _ = self.path(t)
         V, pdf = None, torch.ones_like(t)
         if self.kind == "vr_gaussian":
-            x = data.some(8192).flatten(1).to("cpu" if torch.device(device).type == "mps" else device)
+            crop = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
+            d = data.channels * min(32, data.size) ** 2                # a part sees less, so it stays an upper bound
+            x = data.some(max(8192, 4 * d))[:, :, crop, crop].flatten(1)
+            x = x.to("cpu" if torch.device(device).type == "mps" else device)
             V = fpo.gaussian_posterior_variance(x, (alpha / sigma).to(x.device)).cpu()
         elif self.kind == "vr_monte_carlo":
             generator = torch.Generator().manual_seed(cfg.seed)
             V = fpo.posterior_variance(data.some(200, cfg.seed).flatten(1), alpha / sigma, 500, generator)
         if V is not None:
-            pdf = fpo.vr_density(V, t, path, self.uniform)
+            pdf = fpo.vr_density(V, t, self.path, self.uniform)
         state = {"t": t, "pdf": pdf, "loss": torch.zeros_like(t), "count": torch.zeros_like(t)}
         self.state = {name: value.float().to(device) for name, value in state.items()}
 
@@ -409,6 +412,10 @@ class Timesteps:
         if self.kind != "vr_loss":
             return
         s, bins = self.state, len(self.state["t"])
+        alpha, sigma, d_alpha, d_sigma = self.path(t)
+        delta = alpha * d_sigma - d_alpha * sigma
+        losses = losses * {"v": 1, "x": (delta / sigma.clamp_min(0.05)) ** 2,             # to the loss in velocity
+                           "eps": (delta / alpha.clamp_min(0.05)) ** 2}[self.predict]
         bin = (t * bins).long().clamp(0, bins - 1)
         member = (bin[:, None] == torch.arange(bins, device=t.device)).float()          # (B, bins)
         s["loss"], s["count"] = decay * s["loss"] + losses @ member, decay * s["count"] + member.sum(0)
@@ -464,8 +471,9 @@ def arch_of(state):
     arch = dict(size=math.isqrt(state["pos_embed"].shape[1]) * patch, channels=channels, width=width, patch=patch,
                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                 num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
-    unknown = dict(width=width, depth=arch["depth"], heads=max(1, width // 64), encoder_depth=arch["depth"] // 3)
-    like = next((m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])), unknown)
+    like = next((m for m in MODELS.values() if (m["width"], m["depth"]) == (width, arch["depth"])), None)
+    if like is None:                                                   # the number of heads cannot be told from weights
+        raise KeyError(f"no known model has width {width} and depth {arch['depth']}")
     arch.update(heads=like["heads"], encoder_depth=like["encoder_depth"])
     if "projectors.0.4.weight" in state:
         arch.update(zip(("feature_dim", "projector_width"), state["projectors.0.4.weight"].shape))
@@ -575,7 +583,7 @@ def forward_flops(model, features):
 def matmul_rate(device, dtype):
     """Measured FLOP/s of large square matrix products: the roof of the device."""
     n = 8192 if device.type == "cuda" else 1024
-    a, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(5):
@@ -636,7 +644,7 @@ def together(work, rank, world, signals=()):
 def bf16_is_faster(device):
     """Whether bf16 autocast pays: yes on CUDA that has it, no on MPS, by a short measurement on a CPU."""
     if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def cost(dtype):
         a, b = torch.ones(2048, 160, dtype=dtype), torch.ones(160, 640, dtype=dtype)
@@ -724,11 +732,16 @@ def prepare(cfg, folder, rank, world, device):
     fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
     if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
         raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo off or alignment")
+    if cfg.weighting in ("p2", "min_snr") and cfg.predict != "v":
+        raise ValueError(f"--weighting {cfg.weighting} is meant for the velocity loss: --predict v alone is accepted")
     if cfg.batch % (world * cfg.accumulate):
         raise ValueError(f"--batch {cfg.batch} is the global batch and must be a multiple of the {world} processes"
                          + f" x {cfg.accumulate} parts" * (cfg.accumulate > 1))
     if cfg.repa and cfg.align == "vrpo" and cfg.accumulate > 1:
         raise ValueError("--align vrpo judges the whole batch at once: --accumulate 1 alone is accepted")
+    if cfg.repa and cfg.align == "vrpo" and cfg.batch // world * cfg.vrpo_stability < 1 and cfg.vrpo_stability > 0:
+        raise ValueError(f"--vrpo_stability {cfg.vrpo_stability} of {cfg.batch // world} images in a process is not one: "
+                         f"0, or a larger share or --batch is accepted")
     if cfg.bench:
         cfg.steps, cfg.log_every = 2 * cfg.bench, cfg.bench
     on_line = cfg.encoder if cfg.repa else ""
@@ -745,9 +758,10 @@ def prepare(cfg, folder, rank, world, device):
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=shape[1])
     parameters = sum(p.numel() for p in model.parameters())
-    out, need = writable(cfg.out, rank), 32 * parameters / 1e9            # two checkpoints of 4 float32 copies, in GB
+    out, size = writable(cfg.out, rank), 16 * parameters / 1e9             # of a checkpoint, 4 float32 copies, in GB
+    need = size * max(1, cfg.keep + 1 - len(list(out.glob("step-*.pt"))))  # the oldest goes once the newest is whole
     if (free := shutil.disk_usage(out).free / 1e9) < need and not cfg.bench:
-        raise ValueError(f"--out {out} has {free:.1f} GB free, but two checkpoints take {need:.1f} GB")
+        raise ValueError(f"--out {out} has {free:.1f} GB free, but checkpoints of {size:.1f} GB need {need:.1f} more")
     newest = None if cfg.bench else newest_checkpoint(out)
     saved = read_checkpoint(newest) if newest else None
     if saved is not None and not (isinstance(saved, dict) and "config" in saved):
@@ -796,6 +810,7 @@ def train(cfg):
         opt.load_state_dict(saved["opt"])
         timesteps.state = {k: v.to(device) for k, v in saved["timesteps"].items()}
         vrpo = {k: tuple(v.to(device) for v in pair) for k, pair in saved.get("vrpo", {}).items()}
+        saved = None                                                   # or its file stays open
     if rank == 0 and cfg.timesteps.startswith("vr"):
         print("VR density: the closest logit-normal has m = {:.2f} (KS distance {:.2f})".format(
             *fpo.logit_normal_location(timesteps.state["t"].cpu(), timesteps.state["pdf"].cpu())))
@@ -812,13 +827,15 @@ def train(cfg):
     ranked = cfg.fpo != "off" or cfg.weighting == "hard_sample"
     scale = torch.tensor([1.0, cfg.repa_weight][:1 + cfg.repa], device=device)                # [REPA Eq. 9]
 
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16")
+
     def fetch(step):
         arrays = data.batch(rows_of(step, cfg.batch, cfg.seed, len(data.labels))[mine])
         return [a.pin_memory() if device.type == "cuda" and a is not None else a for a in arrays]
 
     def losses_of(part):
         """The losses of one part of this process's batch: (1 or 2, part), velocity and alignment."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
+        with autocast():
             prediction = net(x_t[part], t[mine][part], y[part], features=cfg.repa)
         prediction, z = prediction if cfg.repa else (prediction, None)
         losses = [fpo.velocity_loss(prediction, {"v": v, "x": x, "eps": eps}[cfg.predict][part])]
@@ -869,11 +886,12 @@ def train(cfg):
         signal.signal(number, lambda number, frame: signals.append(number))
     if rank == 0 and not cfg.bench:                        # rows after the checkpoint will be written again
         old = (out / "log.csv").read_text().splitlines() if step and (out / "log.csv").exists() else []
-        rows = [row for row in old[1:] if int(row.split(",")[0]) <= step]
+        rows = [row for row in old[1:] if row.count(",") == len(LOG) - 1 and int(row.split(",")[0]) <= step]
         (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
-    first_bad, running, since, stopping = torch.tensor(never, device=device), 0, time.time(), 0
+    first_bad, running, since = torch.tensor(never, device=device), 0, time.time()
+    stopping = log = save = picture = False
     upcoming = collections.deque(reader.submit(fetch, step + k) for k in range(3))
 
     while step < cfg.steps:
@@ -891,7 +909,8 @@ def train(cfg):
         y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y)
         x = data.see(latents, noise)
         x_t, v = fpo.interpolate(x, eps, t[mine], path)
-        features = encode(targets)                                                      # (b, T, D)
+        with autocast():
+            features = encode(targets)                                                  # (b, T, D)
         all_features = gathered(features, world, 0) if cfg.repa and cfg.align == "nt_xent" else None
 
         for group in opt.param_groups:
@@ -915,7 +934,8 @@ def train(cfg):
             everyone = gathered(torch.cat(done, 1), world, 1)
         norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
         opt.step()
-        torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         timesteps.update(t, everyone[0])
         step += 1
 

@@ -85,6 +85,8 @@ class Files:
         data = path.read_bytes()
         if self.array_shape is None:
             first = np.load(path, allow_pickle=False)
+            if not first.flags.c_contiguous:
+                raise ValueError("it is in Fortran's order")
             self.array_shape, self.array_dtype, self.header = first.shape, first.dtype, data[:len(data) - first.nbytes]
             self.bytes = len(data)
         if len(data) != self.bytes or not data.startswith(self.header):
@@ -130,7 +132,7 @@ def read_fast_dit(features, labels):
     names = [f"{i}.npy" for i in range(len(have))]
     if not have or have != set(names):
         raise ValueError(f"{features} must hold 0.npy, 1.npy, ... without a gap; it has {len(have)} .npy files")
-    meta = dict(layout="fast-DiT", scale=1.0, bias=0.0, moments=False, num_classes=1000, vae=None)
+    meta = dict(layout="fast-DiT", scale=1.0, bias=0.0, scaled_by=0.18215, moments=False, num_classes=1000, vae=None)
     return meta, dict(latents=Files(features, names), labels=Files(labels, names))
 
 
@@ -206,8 +208,9 @@ def load_encoder(name, size, device):
 @torch.no_grad()
 def tokens_of(encoder, images):
     """uint8 (B, 3, H, H) -> tokens (B, (H / 16)^2, D): 14 pixels of its input are 16 of the image [REPA]."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
-    x = F.interpolate((images / 255 - mean) / std, 224 * images.shape[-1] // 256, mode="bicubic")
+    mean_std = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))                       # ImageNet's red, green, blue
+    x = torch.stack([(images[:, c] / 255 - mean) / std for c, (mean, std) in enumerate(mean_std)], 1)
+    x = F.interpolate(x, 224 * images.shape[-1] // 256, mode="bicubic")
     return encoder.forward_features(x)["x_norm_patchtokens"]
 
 
