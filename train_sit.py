@@ -5,8 +5,8 @@ r"""Train a SiT by flow matching with representation alignment (REPA), Fisher Po
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 --batch 256 \
         --steps 400000 --ema 0.9999
 
-Read top to bottom: the flags, the network, the data, the timesteps, checkpoints, pictures, the training loop. What the
-loop optimises is in fpo.py. The run does not depend on the number of processes: data order, noise, timesteps, label
+Read top to bottom: flags, network, data, timesteps, checkpoints, pictures, --bench, the training loop. What the loop
+optimises is in fpo.py. The run does not depend on the number of processes: data order, noise, timesteps, label
 drops and FPO's ranking belong to the global batch, and every process takes its slice. Letters as in fpo.py.
 """
 import argparse
@@ -680,7 +680,8 @@ def sample_weights(cfg, losses, t):
     return c
 
 
-def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, world):
+def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, world,
+                perceptual=fpo.perceptual_distance):
     """VRPO's losses of this process's batch (b,) in place of REPA's; updates state, a dict of moving moments.
 
     All arguments are this process's. Later blocks get no gradient: z ends before them, the prediction is detached.
@@ -688,7 +689,7 @@ def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, 
     path, b = fpo.PATHS[cfg.path], len(x)
     x_t, _ = fpo.interpolate(x, eps, t, path)
     v = as_velocity(lambda *_: prediction.detach().float(), cfg.predict, cfg.path)(x_t, t, y)
-    distance = fpo.perceptual_distance(fpo.x_from_velocity(v, x_t, t, path), x)
+    distance = perceptual(fpo.x_from_velocity(v, x_t, t, path), x)
     everyone, real = gathered(torch.stack([fpo.pooled(z), fpo.pooled(features)]), world, 1)           # each (B, D)
     state["feature"] = fpo.moving_moments(real, state.get("feature"))
     ours = world * fpo.pooled(z) - (world - 1) * everyone[rank * b:(rank + 1) * b]     # DDP averages: gradient x world
