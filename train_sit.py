@@ -299,8 +299,8 @@ class Latents:
                 arrays = {name: arrays[name] for name in wanted}
             self.classes, scale, bias = (self.meta[key] + 0 for key in ("num_classes", "scale", "bias"))      # numbers
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features): "
-                             f"{type(error).__name__} {error}") from None
+            raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features, "
+                             f"--encoder takes images): {type(error).__name__} {error}") from None
         self.latents, self.labels = arrays["latents"], arrays["labels"]
         self.targets = arrays.get("features", arrays.get("images"))          # REPA's, or what its encoder looks at
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -622,6 +622,9 @@ def start_processes():
     return rank, world, device
 
 
+AGREED = torch.zeros(2, dtype=torch.long)      # kept: torch 2.6 can hang at the end while gloo frees its last tensor
+
+
 def together(work, rank, world, signals=()):
     """work() in every process -> its result, and the highest signal that any process got.
 
@@ -632,10 +635,10 @@ def together(work, rank, world, signals=()):
         result = work()
     except (OSError, ValueError) as problem:
         error = ValueError(problem)
-    agreed = torch.tensor([max(signals, default=0), 0 if error is None else world - rank])
+    AGREED.copy_(torch.tensor([max(signals, default=0), 0 if error is None else world - rank]))
     if dist.is_initialized():
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)                     # between the CPUs: no GPU waits
-    signal, first = agreed.tolist()
+        dist.all_reduce(AGREED, dist.ReduceOp.MAX)                     # between the CPUs: no GPU waits
+    signal, first = AGREED.tolist()
     if first:
         raise error if first == world - rank else SystemExit(1)
     return result, signal
@@ -741,8 +744,8 @@ def prepare(cfg, folder, rank, world, device):
     if cfg.repa and cfg.align == "vrpo" and cfg.accumulate > 1:
         raise ValueError("--align vrpo judges the whole batch at once: --accumulate 1 alone is accepted")
     if cfg.repa and cfg.align == "vrpo" and cfg.batch // world * cfg.vrpo_stability < 1 and cfg.vrpo_stability > 0:
-        raise ValueError(f"--vrpo_stability {cfg.vrpo_stability} of {cfg.batch // world} images in a process is not one: "
-                         f"0, or a larger share or --batch is accepted")
+        raise ValueError(f"--vrpo_stability {cfg.vrpo_stability} of {cfg.batch // world} images in a process is below "
+                         f"one: 0, or more, or a larger --batch is accepted")
     if cfg.bench:
         cfg.steps, cfg.log_every = 2 * cfg.bench, cfg.bench
     on_line = cfg.encoder if cfg.repa else ""

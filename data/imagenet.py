@@ -299,8 +299,9 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     while rank == 0 and torch.distributed.is_initialized() and not done.all():
         time.sleep(1)                                      # a barrier would give up after half an hour
     if rank == 0 and done.all():
-        meta.update(size=8 * arrays["latents"].shape[-1], encoder=cfg.encoder if "features" in arrays else None,
-                    feature_scale="the largest entry of each token is 127", made_from=meta.pop("layout"))
+        meta.update(size=8 * arrays["latents"].shape[-1], made_from=meta.pop("layout"), encoder=None)
+        if "features" in arrays:
+            meta.update(encoder=cfg.encoder, feature_scale="the largest entry of each token is 127")
         (out / ".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         os.replace(out / ".meta.json", out / "meta.json")
         for name in (".done.npy", ".begun.json"):
