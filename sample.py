@@ -295,7 +295,7 @@ def main(argv=None):
     cfg = parse_flags(Config, dict(ACCEPTED, sampler=list(SAMPLERS)), argv, __doc__)
     try:
         sample(cfg)
-    except (ValueError, ArithmeticError) as error:
+    except ValueError as error:
         fail(error, anywhere=True)
 
 

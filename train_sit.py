@@ -379,10 +379,15 @@ def rows_of(step, batch, seed, n):
 class Timesteps:
     """Draws t (B,) from uniform u (B,). The VR kinds hold a density on a grid; it is part of the checkpoint."""
 
-    def __init__(self, cfg, data, device):
+    def __init__(self, cfg, data, device, state=None):
         self.kind, self.uniform, self.mean, self.predict = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean, cfg.predict
         self.least = 1e-3 if cfg.path == "diffusion" else 0.0                  # sigma' is infinite at 0 there
         bins, self.path = 100 if self.kind == "vr_loss" else 1000, fpo.PATHS[cfg.path]
+        state = state or self.start(cfg, data, device, bins)
+        self.state = {name: value.to(device) for name, value in state.items()}
+
+    def start(self, cfg, data, device, bins):
+        """The density of a new run, which may take a while: an eigenvalue problem of the size of the latents."""
         t = ((torch.arange(bins, dtype=torch.float64) + 0.5) / bins).clamp_min(self.least)
         alpha, sigma, _, _ = self.path(t)
         V, pdf = None, torch.ones_like(t)
@@ -398,7 +403,7 @@ class Timesteps:
         if V is not None:
             pdf = fpo.vr_density(V, t, self.path, self.uniform)
         state = {"t": t, "pdf": pdf, "loss": torch.zeros_like(t), "count": torch.zeros_like(t)}
-        self.state = {name: value.float().to(device) for name, value in state.items()}
+        return {name: value.float() for name, value in state.items()}
 
     def draw(self, u):
         if self.kind == "uniform":
@@ -628,12 +633,13 @@ AGREED = torch.zeros(2, dtype=torch.long)      # kept: torch 2.6 can hang at the
 def together(work, rank, world, signals=()):
     """work() in every process -> its result, and the highest signal that any process got.
 
-    Where it raises OSError or ValueError in one process, all end: the first of them says why, in one line. A barrier.
+    Where it raises OSError, ValueError or ArithmeticError in one process, all end: the first says why, in one line. A
+    barrier.
     """
     result = error = None
     try:
         result = work()
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, ArithmeticError) as problem:
         error = ValueError(problem)
     AGREED.copy_(torch.tensor([max(signals, default=0), 0 if error is None else world - rank]))
     if dist.is_initialized():
@@ -693,9 +699,10 @@ def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, 
     x_t, _ = fpo.interpolate(x, eps, t, path)
     v = as_velocity(lambda *_: prediction.detach().float(), cfg.predict, cfg.path)(x_t, t, y)
     distance = perceptual(fpo.x_from_velocity(v, x_t, t, path), x)
-    everyone, real = gathered(torch.stack([fpo.pooled(z), fpo.pooled(features)]), world, 1)           # each (B, D)
+    ours = fpo.pooled(z)
+    everyone, real = gathered(torch.stack([ours, fpo.pooled(features)]), world, 1)                    # each (B, D)
     state["feature"] = fpo.moving_moments(real, state.get("feature"))
-    ours = world * fpo.pooled(z) - (world - 1) * everyone[rank * b:(rank + 1) * b]     # DDP averages: gradient x world
+    ours = world * ours - (world - 1) * ours.detach()                                  # DDP averages: gradient x world
     everyone = torch.cat([everyone[:rank * b], ours, everyone[(rank + 1) * b:]])
     rewards = [fpo.frechet_reward(everyone, *state["feature"]) - distance, -fpo.alignment_loss(z, features)]
     known = torch.ones(world * b, device=x.device)
@@ -807,12 +814,11 @@ def train(cfg):
         together(lambda: same_start(step, first[1], cfg.out), rank, world)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-    timesteps, vrpo = Timesteps(cfg, data, device), {}
+    timesteps, vrpo = Timesteps(cfg, data, device, saved and saved["timesteps"]), {}
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         opt.load_state_dict(saved["opt"])
-        timesteps.state = {k: v.to(device) for k, v in saved["timesteps"].items()}
         vrpo = {k: tuple(v.to(device) for v in pair) for k, pair in saved.get("vrpo", {}).items()}
         saved = None                                                   # or its file stays open
     if rank == 0 and cfg.timesteps.startswith("vr"):

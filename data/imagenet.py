@@ -267,7 +267,7 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     """
     from tqdm import tqdm
     from train_sit import together
-    out, plans = Path(cfg.out), lambda: conversion(cfg, device, vae, encoder)
+    out, plans = Path(cfg.out), functools.cache(lambda: conversion(cfg, device, vae, encoder))
     if world > 1:
         together(lambda: rank or plans(), rank, world)     # process 0 first: it downloads the networks
     meta, source, plan = together(plans, rank, world)[0]
