@@ -156,23 +156,47 @@ def linear_probe(z, labels, classes, ridge=1e-2):
     return ((z[half:] @ W).argmax(1) == labels[half:]).double().mean().item()
 
 
-@torch.no_grad()
-def measure_features(model, data, path=fpo.linear, t=0.1, n=4000):
-    """What block encoder_depth knows of n images at time t without their labels, beside the data's encoder."""
-    rows, device = np.random.RandomState(1).permutation(len(data.labels))[:n], next(model.parameters()).device
+def noised(model, config, data, t):
+    """len(t) images of the data at times t, 200 at a time and the same for every model: yields x_t, v, t, y, features."""
+    rows, device = np.random.RandomState(1).permutation(len(data.labels))[:len(t)], next(model.parameters()).device
     latents, labels, features = data.batch(rows)
-    random, hidden, cosines = torch.Generator().manual_seed(1), [], []
+    random = torch.Generator().manual_seed(1)
+    for x, y, f, t in zip(*(a.split(200) for a in (latents, labels, features, t))):
+        noise, eps = torch.randn(2, len(x), model.channels, *x.shape[2:], generator=random)
+        x_t, v = fpo.interpolate(data.see(x, noise), eps, t, fpo.PATHS[config["path"]])
+        yield [a.to(device) for a in (x_t, v, t, y, f)]
+
+
+@torch.no_grad()
+def data_losses(model, config, data, n=4000):
+    """t (n,), spread evenly over [0, 1], and the velocity and alignment losses (n,) of n images there, all on the CPU.
+
+    Comparable between models, however they drew t in training. Without a projector the alignment losses are NaN.
+    """
+    n, losses = min(n, len(data.labels)), []
+    t = (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 0.5) / n
+    for x_t, v, part, y, f in noised(model, config, data, t):
+        out, z = model(x_t, part, y, features=True) if len(model.projectors) else (model(x_t, part, y), None)
+        v_hat = as_velocity(lambda *_: out, config["predict"], config["path"])(x_t, part, y)
+        velocity = fpo.velocity_loss(v_hat, v)
+        losses.append(torch.stack([velocity, velocity * math.nan if z is None else fpo.alignment_loss(z, f)]).cpu())
+    return t, *torch.cat(losses, 1)
+
+
+@torch.no_grad()
+def measure_features(model, config, data, t=0.1, n=4000):
+    """What block encoder_depth knows of n images at time t without their labels, beside the data's encoder."""
+    hidden, kept = [], []
     hook = model.blocks[model.encoder_depth - 1].register_forward_hook(lambda m, i, h: hidden.append(h.mean(1).cpu()))
-    for part, y in zip(latents.split(200), features.split(200)):
-        noise, eps = torch.randn(2, len(part), model.channels, *part.shape[2:], generator=random)
-        batch_t, null = torch.full((len(part),), t), torch.full((len(part),), model.num_classes)
-        x_t, _ = fpo.interpolate(data.see(part, noise), eps, batch_t, path)
-        z = model(*(a.to(device) for a in (x_t, batch_t, null)), features="only" if len(model.projectors) else False)
-        cosines.append(-fpo.alignment_loss(z.cpu(), y) if len(model.projectors) else torch.full((1,), math.nan))
+    for x_t, _, part, y, f in noised(model, config, data, torch.full((min(n, len(data.labels)),), t)):
+        null = torch.full_like(y, model.num_classes)
+        z = model(x_t, part, null, features="only" if len(model.projectors) else False)
+        cosine = -fpo.alignment_loss(z, f) if len(model.projectors) else torch.full((1,), math.nan)
+        kept.append([a.cpu() for a in (cosine, fpo.pooled(f), y)])
     hook.remove()
-    hidden = torch.cat(hidden)
-    return {f"alignment, cosine (t = {t})": torch.cat(cosines).mean().item(),
-            f"alignment, CKNNA (k = 10, t = {t})": cknna(hidden, fpo.pooled(features)),
+    hidden, (cosine, pooled, labels) = torch.cat(hidden), (torch.cat(a) for a in zip(*kept))
+    return {f"alignment, cosine (t = {t})": cosine.mean().item(),
+            f"alignment, CKNNA (k = 10, t = {t})": cknna(hidden, pooled),
             f"linear probe of block {model.encoder_depth} (t = {t})": linear_probe(hidden, labels, data.classes)}
 
 
@@ -283,7 +307,9 @@ def sample(cfg):
         print("the pictures are a rough look at the latents; --vae stabilityai/sd-vae-ft-ema decodes them")
     if cfg.metrics:
         result = measure(data, torch.from_numpy(np.array(arrays["x"])), np.array(arrays["labels"]))
-        result |= measure_features(model, data, fpo.PATHS[config["path"]]) if data.targets is not None else {}
+        if data.targets is not None:
+            result |= measure_features(model, config, data)
+            result["velocity loss at uniform t"] = data_losses(model, config, data)[1].mean().item()
         for key, value in result.items():
             print(f"{value:10.4f}  {key}")
         (out / "metrics.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")

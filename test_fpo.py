@@ -190,6 +190,18 @@ def test_the_boost_is_at_most_beta_out_of_n_plus_beta():
         assert moved <= 2 / 42 and 0 < ess <= 40
 
 
+def test_fpo_centre_takes_what_t_explains_out_of_the_ranking_and_nothing_else():
+    t, noise = torch.rand(1, 256, generator=seeded(90))[0], 0.3 * torch.randn(256, generator=seeded(91))
+    weigh = lambda losses, **kw: train_sit.sample_weights(train_sit.Config(fpo="velocity", beta=128.0, **kw), losses[None], t)[0]
+    moved = lambda c: (c - 1).abs().mean().item() / 2
+    by_t = 4 * t                                                           # a loss that t alone decides
+    assert moved(weigh(by_t)) > 0.2 and moved(weigh(by_t, fpo_centre=True)) < 0.35 * moved(weigh(by_t))
+    with_t, without = weigh(by_t + noise, fpo_centre=True), weigh(noise, fpo_centre=True)
+    assert torch.corrcoef(torch.stack([with_t, without]))[0, 1] > 0.85
+    assert torch.corrcoef(torch.stack([with_t, noise]))[0, 1] > 0.6 > torch.corrcoef(torch.stack([weigh(by_t + noise), noise]))[0, 1]
+    assert abs(with_t.sum() - 256) < 1e-2
+
+
 def test_hard_sample_weights_are_fpo_at_infinite_temperature_and_static_policies_sum_to_n():
     losses, t = some_losses(), torch.linspace(0, 1, 40, dtype=torch.float64)
     torch.testing.assert_close(fpo.hard_sample_weights(losses, 0.5, 2.0), fpo.fpo_weights(losses, 0.5, 2.0, 1e9))
@@ -1418,13 +1430,34 @@ def test_metrics_of_features_see_the_hidden_tokens_without_the_label(folder, tra
     model, _ = train_sit.load_model(train_sit.newest_checkpoint(trained))
     data, seen = train_sit.Latents(folder, features=True), []
     model.register_forward_pre_hook(lambda m, args: seen.append(args))
-    result = sample.measure_features(model, data, t=0.3)
+    result = sample.measure_features(model, {"path": "linear"}, data, t=0.3)
     x, t, y = seen[0]
     assert len(seen) == 1 and len(x) == 64 and (t == 0.3).all() and (y == 10).all() and len(result) == 3
     z = model(x, t, y, features=True)[1]
     rows = np.random.RandomState(1).permutation(64)
     cosine = F.cosine_similarity(z, torch.from_numpy(np.load(folder / "features.npy")[rows]).float(), dim=-1).mean()
     assert abs(result["alignment, cosine (t = 0.3)"] - cosine) < 1e-5
+
+
+@pytest.mark.parametrize("predict, path", [("v", "linear"), ("x", "cosine")])
+def test_the_losses_of_the_data_are_those_of_a_direct_loop_at_even_t_with_labels(folder, predict, path):
+    model = awake(train_sit.SiT(8, 1, 10, **{k: v for k, v in SMALL.items() if k not in ("size", "channels", "num_classes", "patch")},
+                                patch=4, feature_dim=8, projector_width=16)).eval()
+    data, seen = train_sit.Latents(folder, features=True), []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[:3]))
+    t, losses, align = sample.data_losses(model, dict(predict=predict, path=path), data, n=1000)      # there are 64
+    torch.testing.assert_close(t.sort().values, (torch.arange(64) + 0.5) / 64)
+    rows, (x_t, seen_t, y) = np.random.RandomState(1).permutation(64), seen[0]
+    assert len(seen) == 1 and torch.equal(seen_t, t) and y.tolist() == data.labels[rows].tolist()
+    x = data.see(torch.from_numpy(data.latents[rows]), None)
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in fpo.PATHS[path](t))
+    eps = (x_t - alpha * x) / sigma
+    with torch.no_grad():
+        out, z = model(x_t, t, y, features=True)
+    v_hat = out if predict == "v" else d_alpha * out + d_sigma * (x_t - alpha * out) / sigma.clamp_min(0.05)
+    torch.testing.assert_close(losses, (v_hat - d_alpha * x - d_sigma * eps).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
+    cosine = F.cosine_similarity(z, torch.from_numpy(data.targets[rows]).float(), dim=-1).mean(1)
+    torch.testing.assert_close(align, -cosine)
 
 
 def damaged(folder, tmp_path, what):

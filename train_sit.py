@@ -62,6 +62,7 @@ class Config:
     beta: float = 2.0                     # FPO: size of the boost, which is beta out of batch + beta
     tau: float = 1.0                      # FPO: temperature; not given in the paper
     fpo_align_from: float = 0.9           # FPO reweights the alignment loss only at t >= this
+    fpo_centre: bool = False              # FPO compares velocity losses after taking out their mean near that t
     weighting: str = "uniform"            # policy for the velocity loss when FPO is off there
     timesteps: str = "vr_gaussian"        # how t is drawn
     vr_uniform: float = 0.1               # uniform share of the VR density
@@ -89,7 +90,8 @@ class Config:
 
 
 SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
-MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256)}
+MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256),
+          "micro": dict(depth=4, width=64, heads=2, encoder_depth=2, patch=4, projector_width=128)}
 MODELS |= {f"SiT-{size}/{patch}": dict(zip(("depth", "width", "heads", "encoder_depth"), SIZES[size]), patch=patch)
            for size in SIZES for patch in (2, 4, 8)}
 VRPO_WEIGHTS = {"fixed": (0.3, 0.5, 0.2), "inverse_variance": None}              # fidelity, semantic, stability
@@ -679,7 +681,11 @@ def sample_weights(cfg, losses, t):
     """Every sample's weight: losses (1 or 2, B), t (B,) of the global batch -> (1 or 2, B), detached, rows sum to B."""
     path, c = fpo.PATHS[cfg.path], torch.ones_like(losses)
     if cfg.fpo in ("velocity", "both"):
-        c[0] = fpo.fpo_gradient_weights(losses[0], cfg.r, cfg.beta, cfg.tau)
+        compared = losses[0]
+        if cfg.fpo_centre:
+            near = torch.softmax(-((t[:, None] - t) / 0.05).square() / 2, 1)                     # (B, B), rows sum to 1
+            compared = compared - near @ compared
+        c[0] = fpo.fpo_gradient_weights(compared, cfg.r, cfg.beta, cfg.tau)
     elif cfg.weighting == "hard_sample":
         c[0] = fpo.hard_sample_weights(losses[0], cfg.r, cfg.beta)
     elif cfg.weighting in ("p2", "min_snr"):

@@ -1,0 +1,274 @@
+"""The study behind README's results: what each part of the method does on the digits, and three open questions.
+
+    python assets/ablation.py --jobs 2          # trains what assets/ablation.csv lacks, a run per core, then draws
+    python assets/ablation.py --draw            # README's tables and figures from the .csv files alone: seconds
+
+Every run is train_sit.py with the flags below, and is judged by sample.py's measures; nothing is special-cased. All
+runs of a group share seeds: initialisation, order of the data, noise, u. Interrupted, it goes on where it was.
+"""
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+import fpo
+import sample
+import train_sit
+
+OFF = "--fpo off --timesteps uniform"
+MAIN = {"plain SiT": "--baseline", "REPA": OFF, "REPA + FPO": "--timesteps uniform", "REPA + VR": "--fpo off",
+        "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo"}
+GRID = {"REPA": OFF, "plain SiT": "--baseline", "NT-Xent": f"{OFF} --align nt_xent",
+        "VRPO": f"{OFF} --align vrpo", "VRPO, inverse variance": f"{OFF} --align vrpo --vrpo_weights inverse_variance",
+        "logit-normal, m = 0": "--fpo off --timesteps logit_normal", "VR, Gaussian": "--fpo off",
+        "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo", "VR, network": "--fpo off --timesteps vr_loss"}
+for name, flags in {"FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alignment, β = 2": "--fpo alignment --beta 2",
+                    "FPO both, β = 2": "--beta 2", "FPO both, β = N/8": "--beta 16", "FPO both, β = N/2": "--beta 64",
+                    "FPO velocity, β = N/2": "--fpo velocity --beta 64",
+                    "FPO alignment, β = N/2": "--fpo alignment --beta 64",
+                    "FPO velocity, β = N/2, minus mean at t": "--fpo velocity --beta 64 --fpo_centre",
+                    "FPO velocity, β = N/2, τ = 0.2": "--fpo velocity --beta 64 --tau 0.2",
+                    "FPO velocity, β = N/2, τ = 5": "--fpo velocity --beta 64 --tau 5",
+                    "hard samples, β = N/2": "--fpo off --weighting hard_sample --beta 64",
+                    "P2": "--fpo off --weighting p2", "min-SNR": "--fpo off --weighting min_snr",
+                    "all: VRPO + FPO velocity, β = N/8, + VR": "--align vrpo --beta 16 --timesteps vr_gaussian"}.items():
+    GRID[name] = flags if "vr_" in flags else f"--timesteps uniform {flags}"
+SMALL, BATCHES = "--model micro --steps 500 --save_every 500 --sample_every 9999 --keep 9", (16, 32, 64, 256)
+GROUPS = {                                # group -> flags of all its runs, checkpoints measured, name -> flags
+    "default": ("--sample_every 9999 --keep 9", (350, 700, 1400), MAIN),
+    "grid": (SMALL, (500,), GRID),
+    "batch": (SMALL, (500,), {f"{name}, N = {N}": f"{GRID[like]} --batch {N}" for N in BATCHES for name, like in
+                              (("REPA", "REPA"), ("FPO", "FPO both, β = 2"))})}
+MEASURES = ("loss", "frechet", "accuracy", "precision", "recall", "cosine", "cknna", "probe")
+COLUMNS = ["group", "name", "seed", "step", *MEASURES, "t_of_loss", "t_of_align", "t_of_c", "moved"]
+
+
+# ---- Running and measuring -------------------------------------------------------------------------------------------
+def explained(t, y, bins=20):
+    """Share of the variance of y (n,) that t in [0, 1] explains: a mean for each bin; corrected for chance."""
+    bin = (t * bins).long().clamp_max(bins - 1)
+    mean = torch.zeros(bins).index_add(0, bin, y) / torch.bincount(bin, minlength=bins)
+    rest = (y - mean[bin]).square().sum() / (len(y) - bins)
+    return (1 - rest / y.var()).item()
+
+
+def measured(checkpoint, data):
+    """One row of the .csv, from the weight average."""
+    model, config = train_sit.load_model(checkpoint)
+    settings, device = sample.Config(steps=10), torch.device("cpu")
+    parts = [sample.generate(model, config, settings, np.arange(k, k + 100), device)[:2] for k in range(0, 1000, 100)]
+    x, labels = torch.cat([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+    values = [*sample.measure(data, x, labels).values()]                   # Frechet, its floor, precision, recall, judge
+    cosine, cknna, probe = sample.measure_features(model, config, data).values()
+    t, losses, align = sample.data_losses(model, config, data)
+    c = torch.cat([fpo.fpo_gradient_weights(part) for part in losses.split(128)])
+    moved = [float(r["moved"]) for r in csv.DictReader(open(checkpoint.parent / "log.csv"))
+             if int(r["step"]) <= config["step"]]
+    return [losses.mean().item(), values[0], values[4], *values[2:4], cosine, cknna, probe,
+            explained(t, losses), explained(t, align), explained(t, c), np.mean(moved[-5:])]
+
+
+def run(group, name, seed, folder):
+    """Train where the last checkpoint is missing; the rows of its checkpoints. On one core."""
+    common, steps, runs = GROUPS[group]
+    out = folder / f"{group}-{list(runs).index(name)}-{seed}"
+    if not (out / f"step-{steps[-1]:07d}.pt").exists():
+        command = [sys.executable, "train_sit.py", *f"--amp fp32 {common} {runs[name]} --seed {seed}".split()]
+        done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} --out {out}: {done.stderr.strip().splitlines()[-1]}")
+    data = train_sit.Latents(ROOT / train_sit.Config.data, features=True)
+    return [[group, name, seed, step, *(f"{v:.6g}" for v in measured(out / f"step-{step:07d}.pt", data))]
+            for step in steps]
+
+
+def study(args):
+    """Every run that the table lacks, args.jobs at a time, seed by seed."""
+    table, density = HERE / "ablation.csv", HERE / "ablation_density.csv"
+    if not table.exists():
+        table.write_text(",".join(COLUMNS) + "\n")
+    have = {(r["group"], r["name"], int(r["seed"])) for r in csv.DictReader(open(table))}
+    jobs = [(group, name, seed) for seed in range(args.seeds) for group in args.groups for name in GROUPS[group][2]]
+    train_sit.data_folder(train_sit.Config.data, 0, 1)
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        todo = [pool.submit(run, *job, args.runs) for job in jobs if job not in have]
+        for k, done in enumerate(as_completed(todo), 1):
+            with open(table, "a", newline="") as f:
+                csv.writer(f).writerows(done.result())
+            print(f"{k} of {len(todo)}: {done.result()[-1][:3]}", flush=True)
+    with open(density, "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["name", "t", "pdf"])
+        for name in (name for name in GRID if name.startswith("VR, ")):
+            state = train_sit.read_checkpoint(args.runs / f"grid-{list(GRID).index(name)}-0/step-0000500.pt")["timesteps"]
+            rows.writerows([name, f"{t:.4f}", f"{p:.5g}"] for t, p in zip(state["t"].tolist(), state["pdf"].tolist()))
+
+
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student, 97.5 %
+HEAD = dict(loss=("velocity loss", 1, 4), frechet=("Fréchet", 1, 2), accuracy=("judge, %", 100, 1),
+            precision=("precision", 1, 3), recall=("recall", 1, 3), cosine=("cosine", 1, 3), cknna=("CKNNA", 1, 3),
+            probe=("probe, %", 100, 1))                                    # measure -> title, factor, digits
+
+
+class Table:
+    """The .csv: of(group, name, measure, step) -> one value a seed; step None: the last one."""
+
+    def __init__(self):
+        self.rows = list(csv.DictReader(open(HERE / "ablation.csv")))
+
+    def of(self, group, name, measure, step=None):
+        if (group, name) in (("batch", "REPA, N = 128"), ("batch", "FPO, N = 128")):    # N = 128 is in the grid
+            group, name = "grid", dict(REPA="REPA", FPO="FPO both, β = 2")[name.split(",")[0]]
+        step = step or GROUPS[group][1][-1]
+        found = {int(r["seed"]): float(r[measure]) for r in self.rows
+                 if (r["group"], r["name"], int(r["step"])) == (group, name, step)}
+        return np.array([found[seed] for seed in sorted(found)])
+
+    def gap(self, group, name, base, measure):
+        """Mean and 95 % half width of the paired difference name - base, the loss in % of the base's."""
+        a, b = (self.of(group, n, measure) for n in (name, base))
+        n = min(len(a), len(b))
+        difference = 100 * (a[:n] / b[:n] - 1) if measure == "loss" else HEAD[measure][1] * (a[:n] - b[:n])
+        return difference.mean(), QUANTILE[n] * difference.std(ddof=1) / n ** 0.5
+
+
+def print_rows(title, head, rows):
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
+    print(f"\n{title}")
+    for label, *cells in (head, *rows):
+        print(label.ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(cells, widths[1:])))
+
+
+def tables(table):
+    head, plain = [HEAD[m][0] for m in MEASURES], ("plain SiT", "REPA")
+    show = lambda v, m: f"{HEAD[m][1] * v.mean():.{HEAD[m][2]}f} ±{HEAD[m][1] * v.std(ddof=1):.{HEAD[m][2]}f}"
+    for group, title in (("default", "the default run, 1,400 steps"), ("grid", "the grid: micro, 500 steps")):
+        names = GROUPS[group][2]
+        n = len(table.of(group, "REPA", "loss"))
+        print_rows(f"{title}: mean ± standard deviation over {n} seeds", ["", *head],
+                   [[name, *(show(table.of(group, name, m), m) for m in MEASURES)] for name in names])
+        base = lambda name: "plain SiT" if (group, name) == ("default", "REPA") else (
+            "REPA + FPO + VR" if name == "VRPO + FPO + VR" else "REPA")
+        print_rows(f"{title}: paired difference ± 95 % (the loss in %)", ["", *head],
+                   [[f"{name} - {base(name)}", *("{:+.{d}f} ±{:.{d}f}".format(
+                       *table.gap(group, name, base(name), m), d=2 if m == "loss" else HEAD[m][2]) for m in MEASURES)]
+                    for name in names if name != base(name) and (group, name) != ("default", "plain SiT")])
+    gaps = ("loss", "frechet", "accuracy")
+    print_rows("FPO both, β = 2, minus REPA, by batch: paired difference ± 95 %",
+               ["", "moved, %", "bound, %", *(HEAD[m][0] for m in gaps)],
+               [[f"N = {N}", f"{100 * table.of('batch', f'FPO, N = {N}', 'moved').mean():.2f}", f"{200 / (N + 2):.2f}",
+                 *("{:+.2f} ±{:.2f}".format(*table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", m)) for m in gaps)]
+                for N in sorted((*BATCHES, 128))])
+    print_rows("share of the variance that t explains (REPA, the default run)",
+               ["", "velocity loss", "alignment loss", "FPO's weights c"],
+               [[f"step {step}", *(f"{100 * table.of('default', 'REPA', k, step).mean():.0f} %"
+                                   for k in ("t_of_loss", "t_of_align", "t_of_c"))] for step in GROUPS["default"][1]])
+
+
+def forest(axes, table, group, names, base="REPA"):
+    """Paired differences from base, one panel for each measure; the better side is shaded."""
+    for ax, measure in zip(axes, ("loss", "frechet", "accuracy")):
+        gaps = [table.gap(group, name, base, measure) for name in names]
+        ax.errorbar(*zip(*[(mean, k) for k, (mean, _) in enumerate(gaps)]), xerr=[half for _, half in gaps], fmt="o",
+                    ms=3, color="C0", lw=1)
+        low, high = ax.get_xlim()
+        ax.axvspan(*((0, max(high, 0)) if measure == "accuracy" else (min(low, 0), 0)), color="C2", alpha=0.12, lw=0)
+        ax.axvline(0, color="k", lw=0.8)
+        ax.set(yticks=range(len(names)), yticklabels=names if measure == "loss" else [], ylim=(len(names) - 0.5, -0.5),
+               title=dict(loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")[measure])
+
+
+def draw(args):
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "figure.titlesize": 9,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    table = Table()
+    tables(table)
+
+    def save(fig, name, title):
+        fig.suptitle(title, weight="bold")
+        fig.savefig(args.out / f"ablation{name}.png", dpi=100)
+
+    fig, steps = Figure((10, 4.6), layout="constrained"), GROUPS["default"][1]
+    for ax, measure in zip(fig.subplots(2, 4).flat, MEASURES):
+        for k, name in enumerate(MAIN):
+            values = np.stack([table.of("default", name, measure, step) for step in steps]) * HEAD[measure][1]
+            ax.plot(steps, values.mean(1), f"C{k}o-", ms=3, lw=1, label=name)
+            ax.fill_between(steps, values.min(1), values.max(1), color=f"C{k}", alpha=0.12, lw=0)
+        ax.set(xscale="log", xticks=steps, xticklabels=steps, title=HEAD[measure][0])
+        ax.minorticks_off()
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=6)
+    save(fig, "", "The default run against steps: alignment helps, the rest is within the spread of three seeds")
+
+    fig = Figure((10, 3), layout="constrained")
+    left, *right = fig.subplots(1, 4, width_ratios=(1.2, 1, 1, 1))
+    for k, (column, label) in enumerate(dict(t_of_loss="velocity loss", t_of_c="FPO's weights on it",
+                                             t_of_align="alignment loss").items()):
+        values = np.stack([table.of("default", "REPA", column, step) for step in steps]) * 100
+        left.plot(steps, values.mean(1), f"C{k}o-", ms=3, label=label)
+    left.set(xscale="log", xticks=steps, xticklabels=steps, ylim=(0, 100), xlabel="step",
+             title="share of the variance that t explains, %")
+    left.minorticks_off()
+    left.legend()
+    forest(right, table, "grid", ["FPO velocity, β = 2", "FPO velocity, β = N/2",
+                                  "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "min-SNR", "P2"])
+    save(fig, "_fpo", "How much of FPO is timestep reweighting?")
+
+    fig, sizes = Figure((10, 2.8), layout="constrained"), sorted((*BATCHES, 128))
+    left, *right = fig.subplots(1, 4)
+    left.plot(sizes, [200 / (N + 2) for N in sizes], "k:", label="β / (N + β)")
+    left.plot(sizes, [100 * table.of("batch", f"FPO, N = {N}", "moved").mean() for N in sizes], "C0o-", ms=3, label="measured")
+    left.set(xscale="log", yscale="log", xlabel="batch N", title="gradient weight moved by FPO, %")
+    left.legend()
+    for ax, measure in zip(right, ("loss", "frechet", "accuracy")):
+        mean, half = zip(*(table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", measure) for N in sizes))
+        ax.errorbar(sizes, mean, half, fmt="C0o-", ms=3, lw=1)
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set(xscale="log", xlabel="batch N", title="FPO - REPA: " + dict(
+            loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")[measure])
+    for ax in (left, *right):
+        ax.set_xticks(sizes, sizes)
+        ax.minorticks_off()
+    save(fig, "_batch", "FPO at β = 2 and the size of the batch")
+
+    fig = Figure((10, 2.8), layout="constrained")
+    left, *right = fig.subplots(1, 4, width_ratios=(1.4, 1, 1, 1))
+    for k, name in enumerate(name for name in GRID if name.startswith("VR, ")):
+        t, pdf = np.array([(float(r["t"]), float(r["pdf"])) for r in csv.DictReader(open(HERE / "ablation_density.csv"))
+                           if r["name"] == name]).T
+        left.plot(t, pdf, f"C{k}", lw=1, label=name)
+    left.set(xlabel="t", yscale="log", title="density of t (a tenth of it uniform)")
+    left.legend()
+    forest(right, table, "grid", [*(name for name in GRID if name.startswith("VR, ")), "logit-normal, m = 0"])
+    save(fig, "_vr", "Three estimators of one curve: what they recommend, and what it does (against uniform t)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"ablation.py: {message}")
+    parser.add_argument("--draw", action="store_true", help="only tables and figures")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS), help="default: all")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/ablation", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: assets)")
+    args = parser.parse_args()
+    if not args.draw:
+        study(args)
+    draw(args)
+
+
+if __name__ == "__main__":
+    main()
