@@ -547,7 +547,7 @@ def euler_maruyama(v, x, steps, path=linear, w=2.0, last=0.04, generator=None, e
     w_t s = -w eps has no division, so it is finite at t = 0. [REPA] and [FPO] print w = 1; the code behind REPA's
     numbers used w = 2. steps - 1 noisy steps from 1 to last, then one without noise from last to end; last <= end:
     equal steps, the final one without noise. generator: one for the batch, or a list with one for each sample, which
-    makes a sample independent of its batch. Needs widened, eps_from_velocity, coefficients.
+    makes a sample independent of its batch. Needs widened, eps_from_velocity, coefficients, noise_like.
     """
     dtype, (v, x) = x.dtype, widened(v, x)
     last = last if last > end else end + (1 - end) / steps

@@ -1,6 +1,8 @@
 """The papers' claims as tests, in their order, then the plumbing. Run: python -m pytest -q   (with -s: the measured costs)"""
 import argparse
+import builtins
 import dataclasses
+import dis
 import functools
 import hashlib
 import inspect
@@ -665,22 +667,48 @@ def test_guidance_acts_in_its_interval_only_and_computes_nothing_outside():
 # Every function of fpo.py lifts out alone
 
 
+def lift_out_arguments(name):
+    """Small arguments for any function of fpo.py."""
+    g = seeded(95)
+    x, t, losses, h = torch.randn(2, 4, 2, 4, 4, generator=g), torch.rand(4, generator=g), torch.rand(8, generator=g), torch.randn(2, 4, 5, 6, generator=g)
+    snr, moments = torch.linspace(9, 0.1, 20), (torch.zeros(3), torch.eye(3))
+    v = lambda x, t: -x
+    by_argument = dict(t=t, x=x[0], eps=x[1], v=x[1], v_hat=x[0], x_t=x[0], x_hat=x[1], eps_hat=x[1], h=h[0], y=h[1], h_near=h[1], losses=losses,
+                       w=losses, r=0.8, beta=2.0, tau=1.0, z=h[0, :, 0], mean=torch.zeros(6), cov=torch.eye(6), variance=torch.rand(3, generator=g), u=t,
+                       moments=moments, rewards=torch.randn(3, 8, generator=g), snr=snr, pdf=torch.ones(20), steps=3, model=lambda x, t, y: -x)
+    special = {"pooled": (h[0],), "moving_moments": (h[0, 0],), "posterior_variance": (h[0, :, 0], snr), "gaussian_posterior_variance": (h[0, :, 0], snr),
+               "vr_density": (snr, snr.flip(0) / 10), "sample_timesteps": (t, snr.flip(0), torch.ones(20)), "hard_sample_weights": (losses,),
+               "logit_normal_location": (snr.flip(0) / 10, torch.ones(20)), "counted": (v,), "guided": (lambda x, t, y: -x, torch.zeros(4))}
+    if name in ("euler", "heun", "dopri5", "euler_maruyama", "widened"):
+        return (v, x[0]) + (3,) * (name not in ("dopri5", "widened"))
+    required = [p.name for p in inspect.signature(getattr(fpo, name)).parameters.values() if p.default is p.empty]
+    return special.get(name) or tuple(by_argument[n] for n in required)
+
+
 @pytest.mark.parametrize("name", [n for n, f in vars(fpo).items() if inspect.isfunction(f)])
-def test_function_needs_only_torch_and_the_neighbours_its_docstring_names(name):
+def test_function_runs_from_its_own_source_torch_and_the_neighbours_its_docstring_names(name):
     function = getattr(fpo, name)
     text = " ".join(function.__doc__.split())
     needs = text.split("Needs ")[1].split(".")[0].split(", ") if "Needs " in text else []
-    names, todo = set(), [function.__code__]
+    default = [p.default.__name__ for p in inspect.signature(function).parameters.values() if inspect.isfunction(p.default)]
+    names, todo = set(), [inspect.unwrap(function).__code__]
     while todo:                                                       # the global names it and its inner functions use
         code = todo.pop()
-        names |= set(code.co_names)
+        names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
         todo += [c for c in code.co_consts if inspect.iscode(c)]
-    default = {p.default.__name__ for p in inspect.signature(function).parameters.values() if inspect.isfunction(p.default)}
-    used = {n for n in names if inspect.isfunction(getattr(fpo, n, None))}
-    assert used <= set(needs) | default, f"{name} uses {used - set(needs)} without saying so"
-    namespace = dict(torch=torch, math=math, F=F, **{n: getattr(fpo, n) for n in set(needs) | default})
-    exec(inspect.getsource(function), namespace)
-    assert callable(namespace[name])
+    assert names <= {"torch", "math", "F", *needs, *default, *dir(builtins)}, names
+    alone = dict(torch=torch, math=math, F=F)
+    for part in (*default, *reversed(needs), name):                   # sources alone: a neighbour's neighbour must be named, too
+        exec(inspect.getsource(getattr(fpo, part)), alone)
+    random, arguments = torch.get_rng_state(), lift_out_arguments(name)
+    ours = alone[name](*arguments)
+    torch.set_rng_state(random)
+    theirs = function(*arguments)
+    if name in ("counted", "guided"):
+        ours, theirs = (f(arguments[1][:, None] if name == "guided" else torch.ones(2, 2), torch.ones(2)) for f in (ours, theirs))
+    if name == "widened":
+        ours, theirs = (f(x, 0.5) for f, x in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------------
