@@ -1488,6 +1488,48 @@ def test_the_losses_of_the_data_are_those_of_a_direct_loop_at_even_t_with_labels
     torch.testing.assert_close(align, -cosine)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# The study behind README's results
+
+
+sys.path.append(str(HERE / "assets"))
+import ablation  # noqa: E402
+
+
+def test_the_variance_that_t_explains_is_all_for_a_function_of_t_and_none_for_noise():
+    t, noise = (torch.randperm(4000, generator=seeded(96)) + 0.5) / 4000, torch.randn(4000, generator=seeded(97))
+    assert ablation.explained(t, (t * 20).floor().square()) > 0.999 and abs(ablation.explained(t, noise)) < 0.02
+    assert abs(ablation.explained(t, 12 ** 0.5 * t + noise) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("n", ablation.QUANTILE)
+def test_intervals_hold_95_percent_of_student_s_distribution(n):
+    nu, x = n - 1, torch.linspace(-ablation.QUANTILE[n], ablation.QUANTILE[n], 20001, dtype=torch.float64)
+    density = (1 + x ** 2 / nu) ** (-(nu + 1) / 2) * math.gamma((nu + 1) / 2) / (math.sqrt(nu * math.pi) * math.gamma(nu / 2))
+    assert abs(torch.trapezoid(density, x) - 0.95) < 1e-4
+
+
+def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended(tmp_path, monkeypatch):
+    rows = [("REPA", 1, 2.0, 0.5), ("VRPO", 0, 1.1, 0.7), ("REPA", 0, 1.0, 0.6), ("VRPO", 1, 2.2, 0.9)]
+    text = [f"grid,{name},{seed},400,{loss},1,{judge}" + ",0" * 9 for name, seed, loss, judge in rows]
+    (tmp_path / "ablation.csv").write_text("\n".join([",".join(ablation.COLUMNS), *text]))
+    monkeypatch.setattr(ablation, "HERE", tmp_path)
+    mean, half = ablation.Table().gap("grid", "VRPO", "REPA", "loss")
+    assert abs(mean - 10) < 1e-9 and abs(half) < 1e-9                                              # in % of the base's
+    mean, half = ablation.Table().gap("grid", "VRPO", "REPA", "accuracy")
+    assert abs(mean - 25) < 1e-9 and abs(half - 12.706 * 15) < 1e-2                                # 10 and 40 points
+
+
+def test_the_figures_and_tables_of_the_study_come_from_the_committed_table_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--draw", "--out", str(tmp_path)])
+    ablation.main()
+    printed = capsys.readouterr().out
+    assert {f.name for f in tmp_path.iterdir()} == {"ablation.png", "ablation_fpo.png", "ablation_batch.png", "ablation_vr.png"}
+    readme = " ".join((HERE / "README.md").read_text().split())
+    for line in printed.splitlines():
+        assert " ".join(line.split()) in readme, f"README lacks what the study prints: {line}"
+
+
 def damaged(folder, tmp_path, what):
     """A copy of the data folder with one thing wrong."""
     for file in folder.iterdir():

@@ -26,6 +26,8 @@ import train_sit
 OFF = "--fpo off --timesteps uniform"
 MAIN = {"plain SiT": "--baseline", "REPA": OFF, "REPA + FPO": "--timesteps uniform", "REPA + VR": "--fpo off",
         "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo"}
+MAIN_PAIRS = [("REPA", "plain SiT"), ("REPA + FPO", "REPA"), ("REPA + VR", "REPA"), ("REPA + FPO + VR", "REPA"),
+              ("VRPO + FPO + VR", "REPA + FPO + VR")]
 GRID = {"REPA": OFF, "plain SiT": "--baseline", "NT-Xent": f"{OFF} --align nt_xent",
         "VRPO": f"{OFF} --align vrpo", "VRPO, inverse variance": f"{OFF} --align vrpo --vrpo_weights inverse_variance",
         "logit-normal, m = 0": "--fpo off --timesteps logit_normal", "VR, Gaussian": "--fpo off",
@@ -41,11 +43,11 @@ for name, flags in {"FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alig
                     "P2": "--fpo off --weighting p2", "min-SNR": "--fpo off --weighting min_snr",
                     "all: VRPO + FPO velocity, β = N/8, + VR": "--align vrpo --beta 16 --timesteps vr_gaussian"}.items():
     GRID[name] = flags if "vr_" in flags else f"--timesteps uniform {flags}"
-SMALL, BATCHES = "--model micro --steps 500 --save_every 500 --sample_every 9999 --keep 9", (16, 32, 64, 256)
+SMALL, BATCHES = "--model micro --steps 400 --save_every 400 --sample_every 9999 --keep 9", (16, 32, 64, 256)
 GROUPS = {                                # group -> flags of all its runs, checkpoints measured, name -> flags
     "default": ("--sample_every 9999 --keep 9", (350, 700, 1400), MAIN),
-    "grid": (SMALL, (500,), GRID),
-    "batch": (SMALL, (500,), {f"{name}, N = {N}": f"{GRID[like]} --batch {N}" for N in BATCHES for name, like in
+    "grid": (SMALL, (400,), GRID),
+    "batch": (SMALL, (400,), {f"{name}, N = {N}": f"{GRID[like]} --batch {N}" for N in BATCHES for name, like in
                               (("REPA", "REPA"), ("FPO", "FPO both, β = 2"))})}
 MEASURES = ("loss", "frechet", "accuracy", "precision", "recall", "cosine", "cknna", "probe")
 COLUMNS = ["group", "name", "seed", "step", *MEASURES, "t_of_loss", "t_of_align", "t_of_c", "moved"]
@@ -110,7 +112,7 @@ def study(args):
         rows = csv.writer(f)
         rows.writerow(["name", "t", "pdf"])
         for name in (name for name in GRID if name.startswith("VR, ")):
-            state = train_sit.read_checkpoint(args.runs / f"grid-{list(GRID).index(name)}-0/step-0000500.pt")["timesteps"]
+            state = train_sit.read_checkpoint(args.runs / f"grid-{list(GRID).index(name)}-0/step-0000400.pt")["timesteps"]
             rows.writerows([name, f"{t:.4f}", f"{p:.5g}"] for t, p in zip(state["t"].tolist(), state["pdf"].tolist()))
 
 
@@ -151,20 +153,18 @@ def print_rows(title, head, rows):
 
 
 def tables(table):
-    head, plain = [HEAD[m][0] for m in MEASURES], ("plain SiT", "REPA")
+    head = [HEAD[m][0] for m in MEASURES]
     show = lambda v, m: f"{HEAD[m][1] * v.mean():.{HEAD[m][2]}f} ±{HEAD[m][1] * v.std(ddof=1):.{HEAD[m][2]}f}"
-    for group, title in (("default", "the default run, 1,400 steps"), ("grid", "the grid: micro, 500 steps")):
-        names = GROUPS[group][2]
-        n = len(table.of(group, "REPA", "loss"))
-        print_rows(f"{title}: mean ± standard deviation over {n} seeds", ["", *head],
+    gap = lambda *names, m: "{:+.{d}f} ±{:.{d}f}".format(*table.gap(*names, m), d=2 if m == "loss" else HEAD[m][2])
+    for group, title, names in (("default", "the default run, 1,400 steps", MAIN),
+                                ("grid", "the grid, --model micro, 400 steps", ["REPA"])):
+        seeds = len(table.of(group, "REPA", "loss"))
+        print_rows(f"{title}: mean ± standard deviation over {seeds} seeds", ["", *head],
                    [[name, *(show(table.of(group, name, m), m) for m in MEASURES)] for name in names])
-        base = lambda name: "plain SiT" if (group, name) == ("default", "REPA") else (
-            "REPA + FPO + VR" if name == "VRPO + FPO + VR" else "REPA")
-        print_rows(f"{title}: paired difference ± 95 % (the loss in %)", ["", *head],
-                   [[f"{name} - {base(name)}", *("{:+.{d}f} ±{:.{d}f}".format(
-                       *table.gap(group, name, base(name), m), d=2 if m == "loss" else HEAD[m][2]) for m in MEASURES)]
-                    for name in names if name != base(name) and (group, name) != ("default", "plain SiT")])
-    gaps = ("loss", "frechet", "accuracy")
+        pairs = MAIN_PAIRS if group == "default" else [(name, "REPA") for name in GRID if name != "REPA"]
+        print_rows(f"{title}: paired difference ± 95 % (the loss in %)" + " from REPA" * (group == "grid"), ["", *head],
+                   [[f"{a} - {b}" if group == "default" else a, *(gap(group, a, b, m=m) for m in MEASURES)]
+                    for a, b in pairs])
     print_rows("FPO both, β = 2, minus REPA, by batch: paired difference ± 95 %",
                ["", "moved, %", "bound, %", *(HEAD[m][0] for m in gaps)],
                [[f"N = {N}", f"{100 * table.of('batch', f'FPO, N = {N}', 'moved').mean():.2f}", f"{200 / (N + 2):.2f}",
