@@ -34,7 +34,7 @@ def cosine(t):
 
 
 def diffusion(t):
-    """DDPM's path: alpha = exp(-0.5 int_0^t beta), sigma = sqrt(1 - alpha^2), beta(s) = 0.1 + 19.9 s [VR Table 1].
+    """DDPM's path: alpha = exp(-0.5 int_0^t beta), sigma = sqrt(1 - alpha^2) [VR Table 1]; here beta(s) = 0.1 + 19.9 s.
 
     sigma' = 0.5 beta alpha^2 / sigma is infinite at t = 0. It is computed with sigma >= 1e-3 (t >= 1e-5), so that all
     is finite and the conversions below still invert each other; train and sample on t >= 1e-3.
@@ -48,8 +48,8 @@ PATHS = {"linear": linear, "cosine": cosine, "diffusion": diffusion}
 
 
 def coefficients(t, x, path=linear):
-    """path(t) for t (B,), each shaped (B, 1, ..., 1) to multiply x (B, ...)."""
-    return [c.reshape(-1, *[1] * (x.ndim - 1)) for c in path(t)]
+    """path(t), each shaped (B, 1, ..., 1) to multiply x (B, ...): t (B,), or any first dimensions of x."""
+    return [c.reshape(*c.shape, *[1] * (x.ndim - c.ndim)) for c in path(t)]
 
 
 def interpolate(x, eps, t, path=linear):
@@ -228,6 +228,15 @@ def min_snr_weights(t, path=linear, gamma=5.0):
     return w * len(w) / w.sum()
 
 
+def centred(losses, t, width=0.05):
+    """losses minus their mean near that t, by a Gaussian kernel: losses, t (..., N) -> (..., N).
+
+    What FPO ranks by when it should not prefer some timesteps to others; not in [FPO].
+    """
+    near = torch.softmax(-((t[..., :, None] - t[..., None, :]) / width).square() / 2, -1)         # rows sum to 1
+    return losses - (near @ losses[..., None])[..., 0]
+
+
 def weight_moved(w):
     """Share of the batch's weight that w (N,), sum N, moves away from uniform, and its effective sample size."""
     return (w - 1).abs().sum() / (2 * len(w)), w.sum() ** 2 / w.square().sum()
@@ -326,7 +335,7 @@ def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
     K = 2 takes the first two weights: no stability. They are made to sum to 1. Needs inverse_variance_weights.
     """
     mean, cov = moments
-    w = inverse_variance_weights(cov.diagonal()) if weights is None else mean.new_tensor(weights[:len(mean)])
+    w = inverse_variance_weights(cov.diagonal(), floor ** 2) if weights is None else mean.new_tensor(weights[:len(mean)])
     w = w / w.sum()
     variance = w @ cov @ w                                                       # correlations included
     return w, w @ mean, variance.clamp_min(floor ** 2).sqrt(), 1 + eta * variance
@@ -352,11 +361,6 @@ def vrpo_loss(rewards, moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05, kn
 # / sigma, V = (1/d) E tr Cov[x | x_t]. h^2 V = (1/d) E |v - E[v | x_t]|^2: the loss that no network can go below.
 # Three estimators of that one curve: posterior_variance and gaussian_posterior_variance below, and the measured loss
 # per t of a network in training.
-
-
-def logit_normal_timesteps(u, m=0.0, s=1.0):
-    """t = sigmoid(m + s z), z ~ N(0, 1) [VR Sec. 4.3; their m is -m here]. u = 0 gives t = 0, never NaN."""
-    return torch.sigmoid(m + s * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
 def posterior_variance(x, snr, noises=500, generator=None):
@@ -419,6 +423,11 @@ def sample_timesteps(u, t, pdf):
     cdf, t = F.pad(cdf / cdf[-1], (1, 0)), t.to(u)
     k = torch.searchsorted(cdf, u, right=True).clamp(1, len(t) - 1)
     return t[k - 1] + (u - cdf[k - 1]) / (cdf[k] - cdf[k - 1]).clamp_min(1e-12) * (t[k] - t[k - 1])
+
+
+def logit_normal_timesteps(u, m=0.0, s=1.0):
+    """t = sigmoid(m + s z), z ~ N(0, 1) [VR Sec. 4.3; their m is -m here]. u = 0 gives t = 0, never NaN."""
+    return torch.sigmoid(m + s * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
 def logit_normal_location(t, pdf, s=1.0, grid=0.25):

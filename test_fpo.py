@@ -676,7 +676,7 @@ def lift_out_arguments(name):
     by_argument = dict(t=t, x=x[0], eps=x[1], v=x[1], v_hat=x[0], x_t=x[0], x_hat=x[1], eps_hat=x[1], h=h[0], y=h[1], h_near=h[1], losses=losses,
                        w=losses, r=0.8, beta=2.0, tau=1.0, z=h[0, :, 0], mean=torch.zeros(6), cov=torch.eye(6), variance=torch.rand(3, generator=g), u=t,
                        moments=moments, rewards=torch.randn(3, 8, generator=g), snr=snr, pdf=torch.ones(20), steps=3, model=lambda x, t, y: -x)
-    special = {"pooled": (h[0],), "moving_moments": (h[0, 0],), "posterior_variance": (h[0, :, 0], snr), "gaussian_posterior_variance": (h[0, :, 0], snr),
+    special = {"pooled": (h[0],), "centred": (losses, losses), "moving_moments": (h[0, 0],), "posterior_variance": (h[0, :, 0], snr), "gaussian_posterior_variance": (h[0, :, 0], snr),
                "vr_density": (snr, snr.flip(0) / 10), "sample_timesteps": (t, snr.flip(0), torch.ones(20)), "hard_sample_weights": (losses,),
                "logit_normal_location": (snr.flip(0) / 10, torch.ones(20)), "counted": (v,), "guided": (lambda x, t, y: -x, torch.zeros(4))}
     if name in ("euler", "heun", "dopri5", "euler_maruyama", "widened"):
@@ -1023,6 +1023,14 @@ def test_resume_is_exact(folder, tmp_path, changes):
     leaves = list(zip(flat(whole), flat(parts), strict=True))
     assert len(leaves) > 300 and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in leaves)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and len(log_of(tmp_path / "parts")) == 6
+
+
+def test_a_row_after_a_resume_is_the_mean_over_the_steps_since(folder, trained, tmp_path):
+    assert run(flags(folder, tmp_path) + ["--steps", 5, "--log_every", 3]) == 0
+    assert run(flags(folder, tmp_path) + ["--log_every", 3]) == 0
+    mean = lambda rows: np.mean([[float(v) for v in row[1:4]] for row in rows], 0)
+    rows, steps = log_of(tmp_path), log_of(trained)                     # every step; steps 1 to 3, then 6 alone
+    np.testing.assert_allclose([mean(rows[:1]), mean(rows[1:])], [mean(steps[:3]), mean(steps[5:])], rtol=1e-5)
 
 
 @pytest.mark.parametrize("timesteps", train_sit.ACCEPTED["timesteps"])

@@ -135,8 +135,7 @@ def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, sto
     bar = tqdm(batches(data, seeds, steps), name[:30], steps, leave=False, mininterval=0.5)
     for step, (x, eps, u) in enumerate(bar, 1):
         t = timesteps(u)                                                           # (S, N)
-        alpha, sigma, d_alpha, d_sigma = (c[..., None] for c in path(t))
-        x_t, v = alpha * x + sigma * eps, d_alpha * x + d_sigma * eps
+        x_t, v = fpo.interpolate(x, eps, t, path)
         losses = (forward(params, x_t, t) - v).square().mean(-1)                   # (S, N)
         adam.zero_grad()
         (weights(losses.detach(), t) * losses).mean(1).sum().backward()
@@ -246,7 +245,7 @@ WAYS = ("random t", "shared t", "random t, mean at each t taken out")
 
 
 def fisher_traces(params, x_t, v, t):
-    """Every sample's loss L and exact tr F = |grad_theta L|^2 [FPO Eq. 9]: x_t, v (S, n, 2), t (S, n) -> two (S, n)."""
+    """Every sample's loss L and tr F = |grad_theta L|^2, [FPO Eq. 9] but for a factor: x_t, v (S, n, 2) -> two (S, n)."""
     def loss(one, x_t, v, t):                                                      # one seed's network, one sample
         return (forward([p[None] for p in one], x_t[None, None], t[None, None])[0, 0] - v).square().mean()
 
@@ -278,14 +277,15 @@ def fisher(args):
     comparison at a shared t, and with the mean at each t taken out.
     """
     T, n, seeds, results = 16, 64, range(args.seed, args.seed + args.seeds), {}
+    chance = (T - 1) / (T * n - 1)
     steps = args.steps or (4000 if args.full else 1500)
     stops = sorted({max(1, round(steps * f)) for f in (0, 0.03, 0.1, 0.2, 0.4, 0.7, 1)})
     t = ((torch.arange(T) + 0.5) / T).repeat_interleave(n).expand(len(seeds), -1)
     for name, data in list(data_sets().items())[:None if args.full else 1]:
         x, eps, _ = next(batches(data, [7000 + seed for seed in seeds], 1, T * n, block=1))
-        x_t, agree, explained = (1 - t[..., None]) * x + t[..., None] * eps, [], []
+        (x_t, v), agree, explained = fpo.interpolate(x, eps, t), [], []
         for params in train(data, seeds, steps, stops=stops, ema=0, name=f"fisher, {name}"):
-            L, F = (z.unflatten(1, (T, n)) for z in fisher_traces(params, x_t, eps - x, t))
+            L, F = (z.unflatten(1, (T, n)) for z in fisher_traces(params, x_t, v, t))
             centred = [(z - z.mean(-1, True)).flatten(1) for z in (L, F)]
             ways = agreement(L.flatten(1), F.flatten(1)), agreement(L, F).mean(1), agreement(*centred)
             agree.append(torch.stack(ways, 1))
@@ -297,11 +297,11 @@ def fisher(args):
                      *([way, *map(plus_minus, agree[:, -1, w].T)] for w, way in enumerate(WAYS)),
                      ["chance", *(f"{q:.2f}" for q in (*FRACTIONS, 0))]])
         print(f"t explains {plus_minus(explained[:, -1, 0])} of the variance of the loss, "
-              f"{plus_minus(explained[:, -1, 1])} of the trace's (chance {(T - 1) / (T * n - 1):.3f})")
-    fisher_figure(args, stops, *results["8 Gaussians"])
+              f"{plus_minus(explained[:, -1, 1])} of the trace's (chance {chance:.3f})")
+    fisher_figure(args, stops, chance, *results["8 Gaussians"])
 
 
-def fisher_figure(args, stops, agree, explained):                                  # (S, stops, 3, 5), (S, stops, 2)
+def fisher_figure(args, stops, chance, agree, explained):                          # (S, stops, 3, 5), (S, stops, 2)
     fig = Figure((9, 5.6), dpi=100, layout="constrained")
     *top, left, right = fig.subplot_mosaic("aabbcc;dddeee").values()
     for w, ax in enumerate(top):
@@ -310,7 +310,7 @@ def fisher_figure(args, stops, agree, explained):                               
     draw(left, stops, {way: interval(agree[:, :, w, 4]) for w, way in enumerate(WAYS)}, [0],
          title="Rank correlation of loss and trace (chance: 0)", ylabel="Spearman's rho", ylim=(0, 1))
     draw(right, stops, {what: interval(explained[..., k]) for k, what in enumerate(("loss", "Fisher trace"))},
-         [15 / 1023], title="Share of the variance that t alone explains (dotted: chance)", ylabel="share",
+         [chance], title="Share of the variance that t alone explains (dotted: chance)", ylabel="share",
          ylim=(0, None))
     for ax in (top[0], left, right):
         ax.legend()
@@ -442,9 +442,7 @@ MEASURES = "sliced Wasserstein", "energy distance", "squared velocity error"
 def fpo_of(beta, tau=1.0, centre=False, weights=fpo.fpo_gradient_weights):
     """(timesteps, weights) of FPO, every seed ranking its own batch; centre: by the loss minus its mean near that t."""
     def c(losses, t):                                                              # (S, N), (S, N) -> (S, N)
-        if centre:
-            near = torch.softmax(-((t[:, :, None] - t[:, None]) / 0.05).square() / 2, -1)       # (S, N, N)
-            losses = losses - (near @ losses[..., None])[..., 0]
+        losses = fpo.centred(losses, t) if centre else losses
         return torch.vmap(lambda L: weights(L, 0.8, beta, tau))(losses)
 
     return SAME, c

@@ -3,7 +3,7 @@ r"""Train a SiT by flow matching with representation alignment (REPA), Fisher Po
     python train_sit.py                                     # the embedded digits: minutes on two CPU cores
     python train_sit.py --baseline --out runs/plain         # a plain SiT: no REPA, no FPO, uniform timesteps
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 --batch 256 \
-        --steps 400000 --ema 0.9999
+        --steps 400000 --warmup 0 --ema 0.9999 --save_every 10000 --sample_every 10000
 
 Read top to bottom: flags, network, data, timesteps, checkpoints, pictures, --bench, the training loop. What the loop
 optimises is in fpo.py. The run does not depend on the number of processes: data order, noise, timesteps, label
@@ -154,9 +154,9 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def time_frequencies(t):
-    """The 128 frequencies of time_features, on t's device and in its dtype."""
-    return 10000.0 ** (-torch.arange(128, device=t.device, dtype=t.dtype) / 128)
+def time_frequencies(like):
+    """The 128 frequencies of time_features, on the device and in the dtype of a tensor."""
+    return 10000.0 ** (-torch.arange(128, device=like.device, dtype=like.dtype) / 128)
 
 
 def time_features(t):
@@ -354,15 +354,6 @@ class Latents:
                 f"the model sees mean {mean} deviation {std}")
 
 
-def data_folder(folder, rank, world):
-    """The folder; the embedded digits, the default, are drawn by process 0 first where they are missing."""
-    if folder != Config.data:
-        return folder
-    from data import font_digits
-    together(lambda: rank or font_digits.ensure(), rank, world)
-    return font_digits.FOLDER
-
-
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.RandomState([seed, epoch]).permutation(n)
@@ -547,21 +538,17 @@ def start_from(path, model, cfg):
 
 def write_curves(log, path):
     """log.csv -> a picture of its losses."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     rows = list(csv.DictReader(open(log)))
     if not rows:
         return
     names = {"loss": "velocity loss", "align": "alignment loss", "grad_norm": "gradient norm"}
     columns = [name for name in names if rows[0][name]]
-    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), squeeze=False)
-    for axis, column in zip(axes[0], columns):
+    figure = Figure((4 * len(columns), 3), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
         axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows])
         axis.set(xlabel="step", title=names[column])
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def write_pictures(model, cfg, meta, name):
@@ -652,6 +639,15 @@ def together(work, rank, world, signals=()):
     return result, signal
 
 
+def data_folder(folder, rank, world):
+    """The folder; the embedded digits, the default, are drawn by process 0 first where they are missing."""
+    if folder != Config.data:
+        return folder
+    from data import font_digits
+    together(lambda: rank or font_digits.ensure(), rank, world)
+    return font_digits.FOLDER
+
+
 def bf16_is_faster(device):
     """Whether bf16 autocast pays: yes on CUDA that has it, no on MPS, by a short measurement on a CPU."""
     if device.type != "cpu":
@@ -681,10 +677,7 @@ def sample_weights(cfg, losses, t):
     """Every sample's weight: losses (1 or 2, B), t (B,) of the global batch -> (1 or 2, B), detached, rows sum to B."""
     path, c = fpo.PATHS[cfg.path], torch.ones_like(losses)
     if cfg.fpo in ("velocity", "both"):
-        compared = losses[0]
-        if cfg.fpo_centre:
-            near = torch.softmax(-((t[:, None] - t) / 0.05).square() / 2, 1)                     # (B, B), rows sum to 1
-            compared = compared - near @ compared
+        compared = fpo.centred(losses[0], t) if cfg.fpo_centre else losses[0]
         c[0] = fpo.fpo_gradient_weights(compared, cfg.r, cfg.beta, cfg.tau)
     elif cfg.weighting == "hard_sample":
         c[0] = fpo.hard_sample_weights(losses[0], cfg.r, cfg.beta)
@@ -870,16 +863,16 @@ def train(cfg):
                              f"{newest_checkpoint(out)}")
         if rank > 0:
             return
-        images_per_s = cfg.batch * cfg.log_every / (time.time() - since)
+        images_per_s = cfg.batch * len(window) / (time.time() - since)
         if cfg.bench:
             return step < cfg.steps or bench_report(cfg, ema, data, device, world, images_per_s)
         if log:
-            values, (moved, ess), reward = (running / cfg.log_every).tolist(), fpo.weight_moved(c[0]), ("", "")
+            values, (moved, ess), reward = torch.stack(window).mean(0).tolist(), fpo.weight_moved(c[0]), ("", "")
             if vrpo:                                                   # the mean of L_i is 0: log REPA's loss instead
                 values[1] = -vrpo["reward"][0][1].item()
                 reward = [v.item() for v in fpo.vrpo_terms(vrpo["reward"], VRPO_WEIGHTS[cfg.vrpo_weights])[1:3]]
             row = [step, values[0], values[1] if cfg.repa else "", values[-1], moved.item(), ess.item() / cfg.batch,
-                   group["lr"], images_per_s, *reward]
+                   opt.param_groups[0]["lr"], images_per_s, *reward]
             with open(out / "log.csv", "a", newline="") as f:
                 csv.writer(f).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
             bar.set_postfix_str(f"loss {values[0]:.3f}" + f" align {values[1]:.3f}" * cfg.repa)
@@ -906,7 +899,7 @@ def train(cfg):
         (out / "log.csv").write_text("\n".join([",".join(LOG)] + rows) + "\n")
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank > 0, smoothing=0.05)
     never = 2 ** 62
-    first_bad, running, since = torch.tensor(never, device=device), 0, time.time()
+    first_bad, window, since = torch.tensor(never, device=device), [], time.time()
     stopping = log = save = picture = False
     upcoming = collections.deque(reader.submit(fetch, step + k) for k in range(3))
 
@@ -939,7 +932,7 @@ def train(cfg):
                 losses = torch.cat([losses_of(part) for part in parts], 1)
         else:
             losses = torch.zeros(1 + cfg.repa, b, device=device)                        # the weights depend on t alone
-        everyone = gathered(losses, world, 1)                                           # (2, B)
+        everyone = gathered(losses, world, 1)                                           # (1 or 2, B)
         c = sample_weights(cfg, everyone, t)                                            # [FPO Thm. 3.3], detached
         done = []
         for part in parts:
@@ -956,7 +949,7 @@ def train(cfg):
         step += 1
 
         means = torch.cat([everyone.mean(1), norm[None]])
-        running = running + means
+        window.append(means)
         first_bad = torch.where(means.isfinite().all(), first_bad, first_bad.clamp_max(step))
         log, save = step % cfg.log_every == 0, step % cfg.save_every == 0 or step == cfg.steps
         picture = step % cfg.sample_every == 0 and step < cfg.steps
@@ -964,7 +957,7 @@ def train(cfg):
         if log or save or picture:
             agree(record)
         if log:
-            running, since = 0, time.time()
+            window, since = [], time.time()
 
     bar.close()
     reader.shutdown(cancel_futures=True)

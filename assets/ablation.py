@@ -4,7 +4,8 @@
     python assets/ablation.py --draw            # README's tables and figures from the .csv files alone: seconds
 
 Every run is train_sit.py with the flags below, and is judged by sample.py's measures; nothing is special-cased. All
-runs of a group share seeds: initialisation, order of the data, noise, u. Interrupted, it goes on where it was.
+runs of a group share seeds: order of the data, noise, u and, but for plain SiT (it has no projector), initialisation.
+Interrupted, the study goes on where it was.
 """
 import argparse
 import csv
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 import fpo
 import sample
+import toy2d
 import train_sit
 
 OFF = "--fpo off --timesteps uniform"
@@ -32,17 +35,17 @@ GRID = {"REPA": OFF, "plain SiT": "--baseline", "NT-Xent": f"{OFF} --align nt_xe
         "VRPO": f"{OFF} --align vrpo", "VRPO, inverse variance": f"{OFF} --align vrpo --vrpo_weights inverse_variance",
         "logit-normal, m = 0": "--fpo off --timesteps logit_normal", "VR, Gaussian": "--fpo off",
         "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo", "VR, network": "--fpo off --timesteps vr_loss"}
-for name, flags in {"FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alignment, β = 2": "--fpo alignment --beta 2",
-                    "FPO both, β = 2": "--beta 2", "FPO both, β = N/8": "--beta 16", "FPO both, β = N/2": "--beta 64",
-                    "FPO velocity, β = N/2": "--fpo velocity --beta 64",
-                    "FPO alignment, β = N/2": "--fpo alignment --beta 64",
-                    "FPO velocity, β = N/2, minus mean at t": "--fpo velocity --beta 64 --fpo_centre",
-                    "FPO velocity, β = N/2, τ = 0.2": "--fpo velocity --beta 64 --tau 0.2",
-                    "FPO velocity, β = N/2, τ = 5": "--fpo velocity --beta 64 --tau 5",
-                    "hard samples, β = N/2": "--fpo off --weighting hard_sample --beta 64",
-                    "P2": "--fpo off --weighting p2", "min-SNR": "--fpo off --weighting min_snr",
-                    "all: VRPO + FPO velocity, β = N/8, + VR": "--align vrpo --beta 16 --timesteps vr_gaussian"}.items():
-    GRID[name] = flags if "vr_" in flags else f"--timesteps uniform {flags}"
+GRID |= {name: f"--timesteps uniform {flags}" for name, flags in {
+    "FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alignment, β = 2": "--fpo alignment --beta 2",
+    "FPO both, β = 2": "--beta 2", "FPO both, β = N/8": "--beta 16", "FPO both, β = N/2": "--beta 64",
+    "FPO velocity, β = N/2": "--fpo velocity --beta 64", "FPO alignment, β = N/2": "--fpo alignment --beta 64",
+    "FPO velocity, β = N/2, minus mean at t": "--fpo velocity --beta 64 --fpo_centre",
+    "FPO velocity, β = N/2, τ = 0.2": "--fpo velocity --beta 64 --tau 0.2",
+    "FPO velocity, β = N/2, τ = 5": "--fpo velocity --beta 64 --tau 5",
+    "hard samples, β = N/2": "--fpo off --weighting hard_sample --beta 64",
+    "P2": "--fpo off --weighting p2", "min-SNR": "--fpo off --weighting min_snr"}.items()}
+GRID["all: VRPO + FPO velocity, β = N/8, + VR"] = "--align vrpo --beta 16"
+VR = [name for name in GRID if name.startswith("VR, ")]
 SMALL, BATCHES = "--model micro --steps 400 --save_every 400 --sample_every 9999 --keep 9", (16, 32, 64, 256)
 GROUPS = {                                # group -> flags of all its runs, checkpoints measured, name -> flags
     "default": ("--sample_every 9999 --keep 9", (350, 700, 1400), MAIN),
@@ -70,7 +73,7 @@ def measured(checkpoint, data):
     x, labels = torch.cat([x for x, _ in parts]), np.concatenate([y for _, y in parts])
     values = [*sample.measure(data, x, labels).values()]                   # Frechet, its floor, precision, recall, judge
     cosine, cknna, probe = sample.measure_features(model, config, data).values()
-    t, losses, align = sample.data_losses(model, config, data)
+    t, losses, align = sample.data_losses(model, config, data, 31 * 128)
     c = torch.cat([fpo.fpo_gradient_weights(part) for part in losses.split(128)])
     moved = [float(r["moved"]) for r in csv.DictReader(open(checkpoint.parent / "log.csv"))
              if int(r["step"]) <= config["step"]]
@@ -95,11 +98,11 @@ def run(group, name, seed, folder):
 
 def study(args):
     """Every run that the table lacks, args.jobs at a time, seed by seed."""
-    table, density = HERE / "ablation.csv", HERE / "ablation_density.csv"
+    table = HERE / "ablation.csv"
     if not table.exists():
         table.write_text(",".join(COLUMNS) + "\n")
     have = {(r["group"], r["name"], int(r["seed"])) for r in csv.DictReader(open(table))}
-    jobs = [(group, name, seed) for seed in range(args.seeds) for group in args.groups for name in GROUPS[group][2]]
+    jobs = [(group, name, seed) for seed in range(args.seeds) for group in GROUPS for name in GROUPS[group][2]]
     train_sit.data_folder(train_sit.Config.data, 0, 1)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -108,12 +111,13 @@ def study(args):
             with open(table, "a", newline="") as f:
                 csv.writer(f).writerows(done.result())
             print(f"{k} of {len(todo)}: {done.result()[-1][:3]}", flush=True)
-    with open(density, "w", newline="") as f:
-        rows = csv.writer(f)
-        rows.writerow(["name", "t", "pdf"])
-        for name in (name for name in GRID if name.startswith("VR, ")):
-            state = train_sit.read_checkpoint(args.runs / f"grid-{list(GRID).index(name)}-0/step-0000400.pt")["timesteps"]
-            rows.writerows([name, f"{t:.4f}", f"{p:.5g}"] for t, p in zip(state["t"].tolist(), state["pdf"].tolist()))
+    ends = {name: args.runs / f"grid-{list(GRID).index(name)}-0/step-{GROUPS['grid'][1][-1]:07d}.pt" for name in VR}
+    if all(end.exists() for end in ends.values()):                     # the densities that training ended with, seed 0
+        states = {name: train_sit.read_checkpoint(end)["timesteps"] for name, end in ends.items()}
+        rows = [[name, f"{t:.4f}", f"{p:.5g}"] for name, s in states.items()
+                for t, p in zip(s["t"].tolist(), s["pdf"].tolist())]
+        with open(HERE / "ablation_density.csv", "w", newline="") as f:
+            csv.writer(f).writerows([["name", "t", "pdf"], *rows])
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
@@ -121,6 +125,7 @@ QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.36
 HEAD = dict(loss=("velocity loss", 1, 4), frechet=("Fréchet", 1, 2), accuracy=("judge, %", 100, 1),
             precision=("precision", 1, 3), recall=("recall", 1, 3), cosine=("cosine", 1, 3), cknna=("CKNNA", 1, 3),
             probe=("probe, %", 100, 1))                                    # measure -> title, factor, digits
+GAPS = dict(loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")
 
 
 class Table:
@@ -130,8 +135,8 @@ class Table:
         self.rows = list(csv.DictReader(open(HERE / "ablation.csv")))
 
     def of(self, group, name, measure, step=None):
-        if (group, name) in (("batch", "REPA, N = 128"), ("batch", "FPO, N = 128")):    # N = 128 is in the grid
-            group, name = "grid", dict(REPA="REPA", FPO="FPO both, β = 2")[name.split(",")[0]]
+        group, name = {("batch", "REPA, N = 128"): ("grid", "REPA"),                    # N = 128 is in the grid
+                       ("batch", "FPO, N = 128"): ("grid", "FPO both, β = 2")}.get((group, name), (group, name))
         step = step or GROUPS[group][1][-1]
         found = {int(r["seed"]): float(r[measure]) for r in self.rows
                  if (r["group"], r["name"], int(r["step"])) == (group, name, step)}
@@ -146,10 +151,8 @@ class Table:
 
 
 def print_rows(title, head, rows):
-    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
     print(f"\n{title}")
-    for label, *cells in (head, *rows):
-        print(label.ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(cells, widths[1:])))
+    toy2d.print_table([head, *rows])
 
 
 def tables(table):
@@ -166,9 +169,9 @@ def tables(table):
                    [[f"{a} - {b}" if group == "default" else a, *(gap(group, a, b, m=m) for m in MEASURES)]
                     for a, b in pairs])
     print_rows("FPO both, β = 2, minus REPA, by batch: paired difference ± 95 %",
-               ["", "moved, %", "bound, %", *(HEAD[m][0] for m in gaps)],
+               ["", "moved, %", "β / (N + β), %", *GAPS.values()],
                [[f"N = {N}", f"{100 * table.of('batch', f'FPO, N = {N}', 'moved').mean():.2f}", f"{200 / (N + 2):.2f}",
-                 *("{:+.2f} ±{:.2f}".format(*table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", m)) for m in gaps)]
+                 *(gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", m=m) for m in GAPS)]
                 for N in sorted((*BATCHES, 128))])
     print_rows("share of the variance that t explains (REPA, the default run)",
                ["", "velocity loss", "alignment loss", "FPO's weights c"],
@@ -176,24 +179,20 @@ def tables(table):
                                    for k in ("t_of_loss", "t_of_align", "t_of_c"))] for step in GROUPS["default"][1]])
 
 
-def forest(axes, table, group, names, base="REPA"):
-    """Paired differences from base, one panel for each measure; the better side is shaded."""
-    for ax, measure in zip(axes, ("loss", "frechet", "accuracy")):
-        gaps = [table.gap(group, name, base, measure) for name in names]
+def forest(axes, table, names):
+    """Paired differences from REPA in the grid, a panel for each measure; the better side is shaded."""
+    for ax, measure in zip(axes, GAPS):
+        gaps = [table.gap("grid", name, "REPA", measure) for name in names]
         ax.errorbar(*zip(*[(mean, k) for k, (mean, _) in enumerate(gaps)]), xerr=[half for _, half in gaps], fmt="o",
                     ms=3, color="C0", lw=1)
         low, high = ax.get_xlim()
         ax.axvspan(*((0, max(high, 0)) if measure == "accuracy" else (min(low, 0), 0)), color="C2", alpha=0.12, lw=0)
         ax.axvline(0, color="k", lw=0.8)
         ax.set(yticks=range(len(names)), yticklabels=names if measure == "loss" else [], ylim=(len(names) - 0.5, -0.5),
-               title=dict(loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")[measure])
+               title=GAPS[measure])
 
 
 def draw(args):
-    import matplotlib
-    from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "figure.titlesize": 9,
-                                "axes.spines.top": False, "axes.spines.right": False})
     table = Table()
     tables(table)
 
@@ -210,7 +209,7 @@ def draw(args):
         ax.set(xscale="log", xticks=steps, xticklabels=steps, title=HEAD[measure][0])
         ax.minorticks_off()
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=6)
-    save(fig, "", "The default run against steps: alignment helps, the rest is within the spread of three seeds")
+    save(fig, "", "The default run against steps: mean and range over the seeds")
 
     fig = Figure((10, 3), layout="constrained")
     left, *right = fig.subplots(1, 4, width_ratios=(1.2, 1, 1, 1))
@@ -222,7 +221,7 @@ def draw(args):
              title="share of the variance that t explains, %")
     left.minorticks_off()
     left.legend()
-    forest(right, table, "grid", ["FPO velocity, β = 2", "FPO velocity, β = N/2",
+    forest(right, table, ["FPO velocity, β = 2", "FPO velocity, β = N/2",
                                   "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "min-SNR", "P2"])
     save(fig, "_fpo", "How much of FPO is timestep reweighting?")
 
@@ -232,12 +231,11 @@ def draw(args):
     left.plot(sizes, [100 * table.of("batch", f"FPO, N = {N}", "moved").mean() for N in sizes], "C0o-", ms=3, label="measured")
     left.set(xscale="log", yscale="log", xlabel="batch N", title="gradient weight moved by FPO, %")
     left.legend()
-    for ax, measure in zip(right, ("loss", "frechet", "accuracy")):
+    for ax, measure in zip(right, GAPS):
         mean, half = zip(*(table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", measure) for N in sizes))
         ax.errorbar(sizes, mean, half, fmt="C0o-", ms=3, lw=1)
         ax.axhline(0, color="k", lw=0.8)
-        ax.set(xscale="log", xlabel="batch N", title="FPO - REPA: " + dict(
-            loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")[measure])
+        ax.set(xscale="log", xlabel="batch N", title=f"FPO - REPA: {GAPS[measure]}")
     for ax in (left, *right):
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
@@ -245,13 +243,13 @@ def draw(args):
 
     fig = Figure((10, 2.8), layout="constrained")
     left, *right = fig.subplots(1, 4, width_ratios=(1.4, 1, 1, 1))
-    for k, name in enumerate(name for name in GRID if name.startswith("VR, ")):
+    for k, name in enumerate(VR):
         t, pdf = np.array([(float(r["t"]), float(r["pdf"])) for r in csv.DictReader(open(HERE / "ablation_density.csv"))
                            if r["name"] == name]).T
         left.plot(t, pdf, f"C{k}", lw=1, label=name)
     left.set(xlabel="t", yscale="log", title="density of t (a tenth of it uniform)")
     left.legend()
-    forest(right, table, "grid", [*(name for name in GRID if name.startswith("VR, ")), "logit-normal, m = 0"])
+    forest(right, table, [*VR, "logit-normal, m = 0"])
     save(fig, "_vr", "Three estimators of one curve: what they recommend, and what it does (against uniform t)")
 
 
@@ -260,8 +258,7 @@ def main():
     parser.error = lambda message: sys.exit(f"ablation.py: {message}")
     parser.add_argument("--draw", action="store_true", help="only tables and figures")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(2, 11), help="how many, from 0 (default: 3)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/ablation", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: assets)")
     args = parser.parse_args()

@@ -96,12 +96,12 @@ class ConvNet(nn.Module):
     def tokens(self, x):
         return self.body(x).flatten(2).transpose(1, 2)                         # (B, 16, width)
 
+    def embed(self, x):
+        """What the head and the metrics see: the average over the 4 x 4 positions, (B, width)."""
+        return F.relu(self.tokens(x)).mean(1)
+
     def forward(self, x):
         return self.head(self.embed(x))
-
-    def embed(self, x):
-        """Features for the metrics: the average over the 4 x 4 positions, (B, width)."""
-        return F.relu(self.tokens(x)).mean(1)
 
 
 def train_net(x, labels, seed, epochs=5, batch=128):
