@@ -1519,7 +1519,7 @@ def test_intervals_hold_95_percent_of_student_s_distribution(n):
 
 def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended(tmp_path, monkeypatch):
     rows = [("REPA", 1, 2.0, 0.5), ("VRPO", 0, 1.1, 0.7), ("REPA", 0, 1.0, 0.6), ("VRPO", 1, 2.2, 0.9)]
-    text = [f"grid,{name},{seed},400,{loss},1,{judge}" + ",0" * 9 for name, seed, loss, judge in rows]
+    text = [f"grid,{name},{seed},600,{loss},1,{judge}" + ",0" * 11 for name, seed, loss, judge in rows]
     (tmp_path / "ablation.csv").write_text("\n".join([",".join(ablation.COLUMNS), *text]))
     monkeypatch.setattr(ablation, "HERE", tmp_path)
     mean, half = ablation.Table().gap("grid", "VRPO", "REPA", "loss")

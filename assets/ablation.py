@@ -31,29 +31,29 @@ MAIN = {"plain SiT": "--baseline", "REPA": OFF, "REPA + FPO": "--timesteps unifo
         "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo"}
 MAIN_PAIRS = [("REPA", "plain SiT"), ("REPA + FPO", "REPA"), ("REPA + VR", "REPA"), ("REPA + FPO + VR", "REPA"),
               ("VRPO + FPO + VR", "REPA + FPO + VR")]
-GRID = {"REPA": OFF, "plain SiT": "--baseline", "NT-Xent": f"{OFF} --align nt_xent",
-        "VRPO": f"{OFF} --align vrpo", "VRPO, inverse variance": f"{OFF} --align vrpo --vrpo_weights inverse_variance",
-        "logit-normal, m = 0": "--fpo off --timesteps logit_normal", "VR, Gaussian": "--fpo off",
-        "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo", "VR, network": "--fpo off --timesteps vr_loss"}
+GRID = {"REPA": OFF, "VRPO": f"{OFF} --align vrpo", "logit-normal, m = 0": "--fpo off --timesteps logit_normal",
+        "VR, Gaussian": "--fpo off", "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo",
+        "VR, network": "--fpo off --timesteps vr_loss"}
 GRID |= {name: f"--timesteps uniform {flags}" for name, flags in {
     "FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alignment, β = 2": "--fpo alignment --beta 2",
     "FPO both, β = 2": "--beta 2", "FPO both, β = N/8": "--beta 16", "FPO both, β = N/2": "--beta 64",
-    "FPO velocity, β = N/2": "--fpo velocity --beta 64", "FPO alignment, β = N/2": "--fpo alignment --beta 64",
+    "FPO velocity, β = N/2": "--fpo velocity --beta 64",
     "FPO velocity, β = N/2, minus mean at t": "--fpo velocity --beta 64 --fpo_centre",
     "FPO velocity, β = N/2, τ = 0.2": "--fpo velocity --beta 64 --tau 0.2",
     "FPO velocity, β = N/2, τ = 5": "--fpo velocity --beta 64 --tau 5",
     "hard samples, β = N/2": "--fpo off --weighting hard_sample --beta 64",
-    "P2": "--fpo off --weighting p2", "min-SNR": "--fpo off --weighting min_snr"}.items()}
-GRID["all: VRPO + FPO velocity, β = N/8, + VR"] = "--align vrpo --beta 16"
+    "P2": "--fpo off --weighting p2"}.items()}
 VR = [name for name in GRID if name.startswith("VR, ")]
-SMALL, BATCHES = "--model micro --steps 400 --save_every 400 --sample_every 9999 --keep 9", (16, 32, 64, 256)
+SMALL = "--model micro --lr 8e-3 --warmup 50 --steps 600 --save_every 600 --sample_every 9999 --keep 9"
+BATCHES = (16, 64, 256)
 GROUPS = {                                # group -> flags of all its runs, checkpoints measured, name -> flags
     "default": ("--sample_every 9999 --keep 9", (350, 700, 1400), MAIN),
-    "grid": (SMALL, (400,), GRID),
-    "batch": (SMALL, (400,), {f"{name}, N = {N}": f"{GRID[like]} --batch {N}" for N in BATCHES for name, like in
+    "grid": (SMALL, (600,), GRID),
+    "batch": (SMALL, (600,), {f"{name}, N = {N}": f"{GRID[like]} --batch {N}" for N in BATCHES for name, like in
                               (("REPA", "REPA"), ("FPO", "FPO both, β = 2"))})}
 MEASURES = ("loss", "frechet", "accuracy", "precision", "recall", "cosine", "cknna", "probe")
-COLUMNS = ["group", "name", "seed", "step", *MEASURES, "t_of_loss", "t_of_align", "t_of_c", "moved"]
+LOGGED = ("moved", "grad_norm", "reward_std")                              # of log.csv, five rows up to the step
+COLUMNS = ["group", "name", "seed", "step", *MEASURES, "t_of_loss", "t_of_align", "t_of_c", *LOGGED]
 
 
 # ---- Running and measuring -------------------------------------------------------------------------------------------
@@ -75,10 +75,10 @@ def measured(checkpoint, data):
     cosine, cknna, probe = sample.measure_features(model, config, data).values()
     t, losses, align = sample.data_losses(model, config, data, 31 * 128)
     c = torch.cat([fpo.fpo_gradient_weights(part) for part in losses.split(128)])
-    moved = [float(r["moved"]) for r in csv.DictReader(open(checkpoint.parent / "log.csv"))
-             if int(r["step"]) <= config["step"]]
+    rows = [r for r in csv.DictReader(open(checkpoint.parent / "log.csv")) if int(r["step"]) <= config["step"]][-5:]
+    logged = [np.mean([float(row[column] or "nan") for row in rows]) for column in LOGGED]
     return [losses.mean().item(), values[0], values[4], *values[2:4], cosine, cknna, probe,
-            explained(t, losses), explained(t, align), explained(t, c), np.mean(moved[-5:])]
+            explained(t, losses), explained(t, align), explained(t, c), *logged]
 
 
 def run(group, name, seed, folder):
@@ -97,12 +97,12 @@ def run(group, name, seed, folder):
 
 
 def study(args):
-    """Every run that the table lacks, args.jobs at a time, seed by seed."""
+    """Every run that the table lacks, args.jobs at a time, group by group and seed by seed."""
     table = HERE / "ablation.csv"
     if not table.exists():
         table.write_text(",".join(COLUMNS) + "\n")
     have = {(r["group"], r["name"], int(r["seed"])) for r in csv.DictReader(open(table))}
-    jobs = [(group, name, seed) for seed in range(args.seeds) for group in GROUPS for name in GROUPS[group][2]]
+    jobs = [(group, name, seed) for group in GROUPS for seed in range(args.seeds) for name in GROUPS[group][2]]
     train_sit.data_folder(train_sit.Config.data, 0, 1)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -157,10 +157,11 @@ def print_rows(title, head, rows):
 
 def tables(table):
     head = [HEAD[m][0] for m in MEASURES]
-    show = lambda v, m: f"{HEAD[m][1] * v.mean():.{HEAD[m][2]}f} ±{HEAD[m][1] * v.std(ddof=1):.{HEAD[m][2]}f}"
-    gap = lambda *names, m: "{:+.{d}f} ±{:.{d}f}".format(*table.gap(*names, m), d=2 if m == "loss" else HEAD[m][2])
+    number = lambda mean, half, digits, sign="": "-" if np.isnan(mean) else f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
+    show = lambda v, m: number(HEAD[m][1] * v.mean(), HEAD[m][1] * v.std(ddof=1), HEAD[m][2])
+    gap = lambda *names, m: number(*table.gap(*names, m), 2 if m == "loss" else HEAD[m][2], "+")
     for group, title, names in (("default", "the default run, 1,400 steps", MAIN),
-                                ("grid", "the grid, --model micro, 400 steps", ["REPA"])):
+                                ("grid", "the grid, --model micro, 600 steps", ["REPA"])):
         seeds = len(table.of(group, "REPA", "loss"))
         print_rows(f"{title}: mean ± standard deviation over {seeds} seeds", ["", *head],
                    [[name, *(show(table.of(group, name, m), m) for m in MEASURES)] for name in names])
@@ -177,6 +178,13 @@ def tables(table):
                ["", "velocity loss", "alignment loss", "FPO's weights c"],
                [[f"step {step}", *(f"{100 * table.of('default', 'REPA', k, step).mean():.0f} %"
                                    for k in ("t_of_loss", "t_of_align", "t_of_c"))] for step in GROUPS["default"][1]])
+
+    of = lambda name, column, step: table.of("default", name, column, step).mean()
+    print_rows("VRPO's Theorem 6, the default run: deviation of the reward, factor on its gradient, gradient norms",
+               ["", "σ_R", "(1 + 0.1 σ_R²)/σ_R", "norm, VRPO", "norm, REPA"],
+               [[f"step {step}", f"{(s := of('VRPO + FPO + VR', 'reward_std', step)):.2f}", f"{(1 + 0.1 * s * s) / s:.1f}",
+                 *(f"{of(name, 'grad_norm', step):.2f}" for name in ("VRPO + FPO + VR", "REPA + FPO + VR"))]
+                for step in GROUPS["default"][1]])
 
 
 def forest(axes, table, names):
@@ -222,7 +230,7 @@ def draw(args):
     left.minorticks_off()
     left.legend()
     forest(right, table, ["FPO velocity, β = 2", "FPO velocity, β = N/2",
-                                  "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "min-SNR", "P2"])
+                                  "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "P2"])
     save(fig, "_fpo", "How much of FPO is timestep reweighting?")
 
     fig, sizes = Figure((10, 2.8), layout="constrained"), sorted((*BATCHES, 128))
