@@ -335,8 +335,8 @@ def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
     K = 2 takes the first two weights: no stability. They are made to sum to 1. Needs inverse_variance_weights.
     """
     mean, cov = moments
-    w = inverse_variance_weights(cov.diagonal(), floor ** 2) if weights is None else mean.new_tensor(weights[:len(mean)])
-    w = w / w.sum()
+    fixed = None if weights is None else mean.new_tensor(weights[:len(mean)])
+    w = inverse_variance_weights(cov.diagonal(), floor ** 2) if fixed is None else fixed / fixed.sum()
     variance = w @ cov @ w                                                       # correlations included
     return w, w @ mean, variance.clamp_min(floor ** 2).sqrt(), 1 + eta * variance
 

@@ -157,7 +157,7 @@ def linear_probe(z, labels, classes, ridge=1e-2):
 
 
 def noised(model, config, data, t):
-    """len(t) images of the data at times t, 200 at a time and the same for every model: yields x_t, v, t, y, features."""
+    """len(t) images of the data at times t, 200 at a time, the same for every model: yields x_t, v, t, y, features."""
     rows, device = np.random.RandomState(1).permutation(len(data.labels))[:len(t)], next(model.parameters()).device
     latents, labels, features = data.batch(rows)
     random = torch.Generator().manual_seed(1)

@@ -1517,8 +1517,9 @@ def test_intervals_hold_95_percent_of_student_s_distribution(n):
     assert abs(torch.trapezoid(density, x) - 0.95) < 1e-4
 
 
-def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended(tmp_path, monkeypatch):
-    rows = [("REPA", 1, 2.0, 0.5), ("VRPO", 0, 1.1, 0.7), ("REPA", 0, 1.0, 0.6), ("VRPO", 1, 2.2, 0.9)]
+def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended_and_leave_out_the_rest(tmp_path, monkeypatch):
+    rows = [("REPA", 1, 2.0, 0.5), ("VRPO", 0, 1.1, 0.7), ("VRPO", 3, 9.0, 0.1), ("REPA", 0, 1.0, 0.6), ("REPA", 2, 7.0, 0),
+            ("VRPO", 1, 2.2, 0.9), ("P2", 0, 1.0, 0.5)]
     text = [f"grid,{name},{seed},600,{loss},1,{judge}" + ",0" * 11 for name, seed, loss, judge in rows]
     (tmp_path / "ablation.csv").write_text("\n".join([",".join(ablation.COLUMNS), *text]))
     monkeypatch.setattr(ablation, "HERE", tmp_path)
@@ -1526,6 +1527,8 @@ def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended(tmp_
     assert abs(mean - 10) < 1e-9 and abs(half) < 1e-9                                              # in % of the base's
     mean, half = ablation.Table().gap("grid", "VRPO", "REPA", "accuracy")
     assert abs(mean - 25) < 1e-9 and abs(half - 12.706 * 15) < 1e-2                                # 10 and 40 points
+    with pytest.raises(SystemExit, match="has 1 seeds of 'P2'"):
+        ablation.Table().gap("grid", "P2", "REPA", "loss")
 
 
 def test_the_figures_and_tables_of_the_study_come_from_the_committed_table_alone(tmp_path, capsys, monkeypatch):

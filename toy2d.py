@@ -245,7 +245,7 @@ WAYS = ("random t", "shared t", "random t, mean at each t taken out")
 
 
 def fisher_traces(params, x_t, v, t):
-    """Every sample's loss L and tr F = |grad_theta L|^2, [FPO Eq. 9] but for a factor: x_t, v (S, n, 2) -> two (S, n)."""
+    """Every sample's loss L and tr F = |grad L|^2, [FPO Eq. 9] but for a factor: x_t, v (S, n, 2) -> two (S, n)."""
     def loss(one, x_t, v, t):                                                      # one seed's network, one sample
         return (forward([p[None] for p in one], x_t[None, None], t[None, None])[0, 0] - v).square().mean()
 

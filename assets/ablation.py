@@ -28,9 +28,10 @@ import train_sit
 
 OFF = "--fpo off --timesteps uniform"
 MAIN = {"plain SiT": "--baseline", "REPA": OFF, "REPA + FPO": "--timesteps uniform", "REPA + VR": "--fpo off",
-        "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo"}
+        "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo",
+        "REPA + logit-normal": "--fpo off --timesteps logit_normal"}
 MAIN_PAIRS = [("REPA", "plain SiT"), ("REPA + FPO", "REPA"), ("REPA + VR", "REPA"), ("REPA + FPO + VR", "REPA"),
-              ("VRPO + FPO + VR", "REPA + FPO + VR")]
+              ("VRPO + FPO + VR", "REPA + FPO + VR"), ("REPA + logit-normal", "REPA")]
 GRID = {"REPA": OFF, "VRPO": f"{OFF} --align vrpo", "logit-normal, m = 0": "--fpo off --timesteps logit_normal",
         "VR, Gaussian": "--fpo off", "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo",
         "VR, network": "--fpo off --timesteps vr_loss"}
@@ -71,7 +72,7 @@ def measured(checkpoint, data):
     settings, device = sample.Config(steps=10), torch.device("cpu")
     parts = [sample.generate(model, config, settings, np.arange(k, k + 100), device)[:2] for k in range(0, 1000, 100)]
     x, labels = torch.cat([x for x, _ in parts]), np.concatenate([y for _, y in parts])
-    values = [*sample.measure(data, x, labels).values()]                   # Frechet, its floor, precision, recall, judge
+    values = [*sample.measure(data, x, labels).values()]                 # Fréchet, its floor, precision, recall, judge
     cosine, cknna, probe = sample.measure_features(model, config, data).values()
     t, losses, align = sample.data_losses(model, config, data, 31 * 128)
     c = torch.cat([fpo.fpo_gradient_weights(part) for part in losses.split(128)])
@@ -121,7 +122,7 @@ def study(args):
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
-QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student, 97.5 %
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}       # 97.5 %
 HEAD = dict(loss=("velocity loss", 1, 4), frechet=("Fréchet", 1, 2), accuracy=("judge, %", 100, 1),
             precision=("precision", 1, 3), recall=("recall", 1, 3), cosine=("cosine", 1, 3), cknna=("CKNNA", 1, 3),
             probe=("probe, %", 100, 1))                                    # measure -> title, factor, digits
@@ -129,25 +130,31 @@ GAPS = dict(loss="velocity loss, %", frechet="Fréchet distance", accuracy="judg
 
 
 class Table:
-    """The .csv: of(group, name, measure, step) -> one value a seed; step None: the last one."""
+    """The .csv: seeds(group, name, measure, step) -> {seed: value}, of(...) -> their array; step None: the last one."""
 
     def __init__(self):
         self.rows = list(csv.DictReader(open(HERE / "ablation.csv")))
 
-    def of(self, group, name, measure, step=None):
+    def seeds(self, group, name, measure, step=None):
         group, name = {("batch", "REPA, N = 128"): ("grid", "REPA"),                    # N = 128 is in the grid
                        ("batch", "FPO, N = 128"): ("grid", "FPO both, β = 2")}.get((group, name), (group, name))
         step = step or GROUPS[group][1][-1]
         found = {int(r["seed"]): float(r[measure]) for r in self.rows
                  if (r["group"], r["name"], int(r["step"])) == (group, name, step)}
-        return np.array([found[seed] for seed in sorted(found)])
+        if len(found) < 2:
+            sys.exit(f"ablation.py: {HERE / 'ablation.csv'} has {len(found)} seeds of '{name}' ({group}), and 2 are "
+                     "needed; without --draw, what is missing is trained")
+        return found
+
+    def of(self, *args):
+        return np.array([value for _, value in sorted(self.seeds(*args).items())])
 
     def gap(self, group, name, base, measure):
         """Mean and 95 % half width of the paired difference name - base, the loss in % of the base's."""
-        a, b = (self.of(group, n, measure) for n in (name, base))
-        n = min(len(a), len(b))
-        difference = 100 * (a[:n] / b[:n] - 1) if measure == "loss" else HEAD[measure][1] * (a[:n] - b[:n])
-        return difference.mean(), QUANTILE[n] * difference.std(ddof=1) / n ** 0.5
+        a, b = (self.seeds(group, n, measure) for n in (name, base))
+        pairs = np.array([(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())])
+        gaps = 100 * (pairs[:, 0] / pairs[:, 1] - 1) if measure == "loss" else HEAD[measure][1] * -np.diff(pairs)[:, 0]
+        return gaps.mean(), QUANTILE[len(gaps)] * gaps.std(ddof=1) / len(gaps) ** 0.5
 
 
 def print_rows(title, head, rows):
@@ -157,7 +164,7 @@ def print_rows(title, head, rows):
 
 def tables(table):
     head = [HEAD[m][0] for m in MEASURES]
-    number = lambda mean, half, digits, sign="": "-" if np.isnan(mean) else f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
+    number = lambda mean, half, k, sign="": "-" if np.isnan(mean) else f"{mean:{sign}.{k}f} ±{half:.{k}f}"
     show = lambda v, m: number(HEAD[m][1] * v.mean(), HEAD[m][1] * v.std(ddof=1), HEAD[m][2])
     gap = lambda *names, m: number(*table.gap(*names, m), 2 if m == "loss" else HEAD[m][2], "+")
     for group, title, names in (("default", "the default run, 1,400 steps", MAIN),
@@ -179,12 +186,12 @@ def tables(table):
                [[f"step {step}", *(f"{100 * table.of('default', 'REPA', k, step).mean():.0f} %"
                                    for k in ("t_of_loss", "t_of_align", "t_of_c"))] for step in GROUPS["default"][1]])
 
-    of = lambda name, column, step: table.of("default", name, column, step).mean()
+    of = lambda align, column, step: table.of("default", f"{align} + FPO + VR", column, step).mean()
+    sigma = {step: of("VRPO", "reward_std", step) for step in GROUPS["default"][1]}
     print_rows("VRPO's Theorem 6, the default run: deviation of the reward, factor on its gradient, gradient norms",
                ["", "σ_R", "(1 + 0.1 σ_R²)/σ_R", "norm, VRPO", "norm, REPA"],
-               [[f"step {step}", f"{(s := of('VRPO + FPO + VR', 'reward_std', step)):.2f}", f"{(1 + 0.1 * s * s) / s:.1f}",
-                 *(f"{of(name, 'grad_norm', step):.2f}" for name in ("VRPO + FPO + VR", "REPA + FPO + VR"))]
-                for step in GROUPS["default"][1]])
+               [[f"step {step}", f"{s:.2f}", f"{(1 + 0.1 * s * s) / s:.1f}",
+                 *(f"{of(align, 'grad_norm', step):.2f}" for align in ("VRPO", "REPA"))] for step, s in sigma.items()])
 
 
 def forest(axes, table, names):
@@ -216,7 +223,7 @@ def draw(args):
             ax.fill_between(steps, values.min(1), values.max(1), color=f"C{k}", alpha=0.12, lw=0)
         ax.set(xscale="log", xticks=steps, xticklabels=steps, title=HEAD[measure][0])
         ax.minorticks_off()
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=6)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=7, columnspacing=1, handlelength=1.5)
     save(fig, "", "The default run against steps: mean and range over the seeds")
 
     fig = Figure((10, 3), layout="constrained")
@@ -229,14 +236,15 @@ def draw(args):
              title="share of the variance that t explains, %")
     left.minorticks_off()
     left.legend()
-    forest(right, table, ["FPO velocity, β = 2", "FPO velocity, β = N/2",
-                                  "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "P2"])
+    forest(right, table, ["FPO velocity, β = 2", "FPO velocity, β = N/2", "FPO velocity, β = N/2, minus mean at t",
+                          "hard samples, β = N/2", "P2"])
     save(fig, "_fpo", "How much of FPO is timestep reweighting?")
 
     fig, sizes = Figure((10, 2.8), layout="constrained"), sorted((*BATCHES, 128))
     left, *right = fig.subplots(1, 4)
     left.plot(sizes, [200 / (N + 2) for N in sizes], "k:", label="β / (N + β)")
-    left.plot(sizes, [100 * table.of("batch", f"FPO, N = {N}", "moved").mean() for N in sizes], "C0o-", ms=3, label="measured")
+    moved = [100 * table.of("batch", f"FPO, N = {N}", "moved").mean() for N in sizes]
+    left.plot(sizes, moved, "C0o-", ms=3, label="measured")
     left.set(xscale="log", yscale="log", xlabel="batch N", title="gradient weight moved by FPO, %")
     left.legend()
     for ax, measure in zip(right, GAPS):
