@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1539,6 +1540,13 @@ def test_the_figures_and_tables_of_the_study_come_from_the_committed_table_alone
     readme = " ".join((HERE / "README.md").read_text().split())
     for line in printed.splitlines():
         assert " ".join(line.split()) in readme, f"README lacks what the study prints: {line}"
+
+
+def test_every_test_that_readme_names_exists():
+    named = re.findall(r"\b(test_[a-z0-9_]{9,})(\.{3})?", (HERE / "README.md").read_text())
+    assert len(named) > 20
+    for name, cut in named:
+        assert any(real.startswith(name) if cut else real == name for real in globals()), f"README names {name}"
 
 
 def damaged(folder, tmp_path, what):

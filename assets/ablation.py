@@ -183,7 +183,7 @@ def tables(table):
                 for N in sorted((*BATCHES, 128))])
     print_rows("share of the variance that t explains (REPA, the default run)",
                ["", "velocity loss", "alignment loss", "FPO's weights c"],
-               [[f"step {step}", *(f"{100 * table.of('default', 'REPA', k, step).mean():.0f} %"
+               [[f"step {step}", *(f"{round(100 * table.of('default', 'REPA', k, step).mean())} %"
                                    for k in ("t_of_loss", "t_of_align", "t_of_c"))] for step in GROUPS["default"][1]])
 
     of = lambda align, column, step: table.of("default", f"{align} + FPO + VR", column, step).mean()
