@@ -123,9 +123,9 @@ def study(args):
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}       # 97.5 %
-HEAD = dict(loss=("velocity loss", 1, 4), frechet=("Fréchet", 1, 2), accuracy=("judge, %", 100, 1),
-            precision=("precision", 1, 3), recall=("recall", 1, 3), cosine=("cosine", 1, 3), cknna=("CKNNA", 1, 3),
-            probe=("probe, %", 100, 1))                                    # measure -> title, factor, digits
+HEAD = dict(loss=("velocity loss ↓", 1, 4), frechet=("Fréchet ↓", 1, 2), accuracy=("judge, % ↑", 100, 1),
+            precision=("precision ↑", 1, 3), recall=("recall ↑", 1, 3), cosine=("cosine ↑", 1, 3),
+            cknna=("CKNNA ↑", 1, 3), probe=("probe, % ↑", 100, 1))         # measure -> title, factor, digits
 GAPS = dict(loss="velocity loss, %", frechet="Fréchet distance", accuracy="judge accuracy, points")
 
 
@@ -249,7 +249,7 @@ def draw(args):
     left.legend()
     for ax, measure in zip(right, GAPS):
         mean, half = zip(*(table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", measure) for N in sizes))
-        ax.errorbar(sizes, mean, half, fmt="C0o-", ms=3, lw=1)
+        ax.errorbar(sizes, mean, half, fmt="C0o", ms=3, lw=1)
         ax.axhline(0, color="k", lw=0.8)
         ax.set(xscale="log", xlabel="batch N", title=f"FPO - REPA: {GAPS[measure]}")
     for ax in (left, *right):
@@ -263,7 +263,10 @@ def draw(args):
         t, pdf = np.array([(float(r["t"]), float(r["pdf"])) for r in csv.DictReader(open(HERE / "ablation_density.csv"))
                            if r["name"] == name]).T
         left.plot(t, pdf, f"C{k}", lw=1, label=name)
-    left.set(xlabel="t", yscale="log", title="density of t (a tenth of it uniform)")
+    t = (np.arange(1000) + 0.5) / 1000
+    left.plot(t, np.exp(-np.log(t / (1 - t)) ** 2 / 2) / ((2 * np.pi) ** 0.5 * t * (1 - t)), "k:", lw=1,
+              label="logit-normal, m = 0")
+    left.set(xlabel="t", yscale="log", ylim=(0.05, None), title="density of t (VR: a tenth uniform)")
     left.legend()
     forest(right, table, [*VR, "logit-normal, m = 0"])
     save(fig, "_vr", "Three estimators of one curve: what they recommend, and what it does (against uniform t)")
@@ -274,7 +277,7 @@ def main():
     parser.error = lambda message: sys.exit(f"ablation.py: {message}")
     parser.add_argument("--draw", action="store_true", help="only tables and figures")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(2, 11), help="how many, from 0 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), help="how many, from 0 (default: 5)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/ablation", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: assets)")
     args = parser.parse_args()
