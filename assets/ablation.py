@@ -108,10 +108,13 @@ def study(args):
     torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [pool.submit(run, *job, args.runs) for job in jobs if job not in have]
-        for k, done in enumerate(as_completed(todo), 1):
-            with open(table, "a", newline="") as f:
-                csv.writer(f).writerows(done.result())
-            print(f"{k} of {len(todo)}: {done.result()[-1][:3]}", flush=True)
+        try:
+            for k, done in enumerate(as_completed(todo), 1):
+                with open(table, "a", newline="") as f:
+                    csv.writer(f).writerows(done.result())
+                print(f"{k} of {len(todo)}: {done.result()[-1][:3]}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)                         # a run that failed, Ctrl-C: start no other
     ends = {name: args.runs / f"grid-{list(GRID).index(name)}-0/step-{GROUPS['grid'][1][-1]:07d}.pt" for name in VR}
     if all(end.exists() for end in ends.values()):                     # the densities that training ended with, seed 0
         states = {name: train_sit.read_checkpoint(end)["timesteps"] for name, end in ends.items()}
@@ -281,9 +284,15 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/ablation", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: assets)")
     args = parser.parse_args()
-    if not args.draw:
-        study(args)
-    draw(args)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: 1 or more is accepted")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not args.draw:
+            study(args)
+        draw(args)
+    except (OSError, RuntimeError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
