@@ -291,6 +291,8 @@ def main():
         if not args.draw:
             study(args)
         draw(args)
+    except KeyboardInterrupt:
+        parser.error("stopped; the same command goes on")
     except (OSError, RuntimeError) as error:
         parser.error(error)
 
