@@ -635,6 +635,8 @@ def together(work, rank, world, signals=()):
         dist.all_reduce(AGREED, dist.ReduceOp.MAX)                     # between the CPUs: no GPU waits
     signal, first = AGREED.tolist()
     if first:
+        if dist.is_initialized():
+            dist.destroy_process_group()                               # or its threads may abort the exit
         raise error if first == world - rank else SystemExit(1)
     return result, signal
 
