@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import fpo
 
@@ -255,7 +254,8 @@ class SiT(nn.Module):
         p = self.patch
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed      # (B, T, D)
         c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)   # (B, D)
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        if recompute := self.checkpointing and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint                               # in torch 2.6 a third of a second
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
             if features and depth == self.encoder_depth:
