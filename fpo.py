@@ -37,7 +37,7 @@ def diffusion(t):
     """DDPM's path: alpha = exp(-0.5 int_0^t beta), sigma = sqrt(1 - alpha^2) [VR Table 1]; here beta(s) = 0.1 + 19.9 s.
 
     sigma' = 0.5 beta alpha^2 / sigma is infinite at t = 0. It is computed with sigma >= 1e-3 (t >= 1e-5), so that all
-    is finite and the conversions below still invert each other; train and sample on t >= 1e-3.
+    is finite and the conversions below still invert each other.
     """
     beta, integral = 0.1 + 19.9 * t, 0.1 * t + 9.95 * t ** 2
     alpha, sigma = torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
@@ -45,6 +45,7 @@ def diffusion(t):
 
 
 PATHS = {"linear": linear, "cosine": cosine, "diffusion": diffusion}
+FIRST_T = {"linear": 0.0, "cosine": 0.0, "diffusion": 1e-3}                       # train and sample on t >= this
 
 
 def coefficients(t, x, path=linear):
@@ -63,7 +64,8 @@ def interpolate(x, eps, t, path=linear):
 
 # ------------------------------------------------------------------------------------------------------------------
 # Conversions. (x_t, v) is an invertible linear map of (x, eps), with determinant alpha sigma' - alpha' sigma > 0:
-# 1 for linear, pi/2 for cosine. Nothing below divides by alpha or sigma unless the quantity itself does.
+# 1 for linear, pi/2 for cosine. Nothing below divides by alpha or sigma unless the quantity itself does. All of them
+# take and give (B, ...), with t (B,).
 
 
 def x_from_velocity(v, x_t, t, path=linear):
@@ -147,9 +149,9 @@ def fpo_check(r, beta, tau):
     if not 0 < r <= 1:
         raise ValueError(f"FPO: r = {r}, but 0 < r <= 1 is needed")
     if not 0 <= beta < math.inf:
-        raise ValueError(f"FPO: beta = {beta}, but beta >= 0 is needed")
+        raise ValueError(f"FPO: beta = {beta}, but a finite beta >= 0 is needed")
     if not 0 < tau < math.inf:
-        raise ValueError(f"FPO: tau = {tau}, but tau > 0 is needed")
+        raise ValueError(f"FPO: tau = {tau}, but a finite tau > 0 is needed")
 
 
 def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
@@ -202,8 +204,8 @@ def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     return w + beta / (1 + beta / N) * p * (losses - (p * losses).sum()) / tau
 
 
-# The other policies of [FPO Table 5], each (N,) and normalised to sum to N as Eq. 20 does. P2 and min-SNR are defined
-# on the loss in eps; |eps_hat - eps|^2 = (alpha / (alpha sigma' - alpha' sigma))^2 |v_hat - v|^2 carries them over.
+# Other policies, each (N,) and normalised to sum to N as Eq. 20 does; hard samples and P2 are [FPO Table 5]'s. P2 and
+# min-SNR are defined on the loss in eps:  |eps_hat - eps|^2 = (alpha / (alpha sigma' - alpha' sigma))^2 |v_hat - v|^2.
 
 
 def hard_sample_weights(losses, r=0.8, beta=2.0, mask=None):
@@ -278,10 +280,10 @@ def frechet_reward(z, mean, cov):
     if len(X) <= len(cov):
         gram = X @ cov @ X.T                                                     # (B, B)
     else:
-        value, vector = torch.linalg.eigh(cov)
+        value, vector = torch.linalg.eigh(cov.nan_to_num(0, 0, 0))               # NaN reaches the result by distance
         root = vector * value.clamp_min(0).sqrt()
         gram = root.T @ (X.T @ X) @ root                                         # (D, D)
-    lam = torch.linalg.eigvalsh(gram)
+    lam = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))
     tiny = (1e-12 * lam[-1].detach()).clamp_min(1e-60)                           # below: no value and no gradient
     cross = torch.where(lam > tiny, lam.clamp_min(tiny).sqrt(), 0).sum()
     return (2 * cross - distance - X.square().sum()).to(z)
@@ -344,9 +346,9 @@ def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
 def vrpo_loss(rewards, moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05, known=None):
     """L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R [VRPO Eq. 8, 14]: rewards (K, B) -> (B,).
 
-    moments: moving_moments of rewards.T *with* this batch; then |R_i - mu_R| / sigma_R < sqrt(B / (1 - decay)).
-    known (B,): 1 / (share known of the global batch) where the last reward is known, else 0: the expectation of
-    mean(L_i) and of its gradient is the same. Needs vrpo_terms, inverse_variance_weights.
+    moments: moving_moments of rewards.T *with* this batch. known (B,): 1 / (share known of the global batch) where the
+    last reward is known, else 0: the expectation of mean(L_i) and of its gradient is the same.
+    Needs vrpo_terms, inverse_variance_weights.
     """
     w, mu, sigma, scale = vrpo_terms(moments, weights, eta, floor)
     if known is not None:
@@ -397,8 +399,8 @@ def posterior_variance(x, snr, noises=500, generator=None):
 def gaussian_posterior_variance(x, snr):
     """V(t) if the data were Gaussian with the covariance of x: mean over eigenvalues of lam / (1 + snr^2 lam).
 
-    x (M, d), M of several d or the spectrum is too steep; snr (T,) -> V (T,) float64. The error of the best *linear*
-    denoiser, hence an upper bound for data of any shape.
+    x (M, d), M several times d or the spectrum comes out too steep; snr (T,) -> V (T,) float64. The error of the best
+    *linear* denoiser, hence an upper bound for data of any shape.
     """
     x = x.double() - x.double().mean(0)
     gram = x.T @ x if len(x) >= x.shape[1] else x @ x.T            # the same nonzero eigenvalues
@@ -490,6 +492,13 @@ def widened(v, x):
     return field, x.to(wide)
 
 
+def noise_like(x, generator=None):
+    """N(0, 1) of x's shape (B, ...); generator: None, one, or a list with one for each sample, on any device."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device) for g in generator]).to(x)
+    return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device).to(x)
+
+
 @torch.no_grad()
 def euler(v, x, steps, end=0.0):
     """First order: x <- x + (s - t) v(x, t). NFE = steps. Needs widened."""
@@ -567,10 +576,3 @@ def euler_maruyama(v, x, steps, path=linear, w=2.0, last=0.04, generator=None, e
         if s > end and w > 0:
             x = x + torch.sqrt(w * path(batch_t[:1])[1] * (t - s)) * noise_like(x, generator)
     return x.to(dtype)
-
-
-def noise_like(x, generator=None):
-    """N(0, 1) of x's shape (B, ...); generator: None, one, or a list with one for each sample, on any device."""
-    if isinstance(generator, (list, tuple)):
-        return torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device) for g in generator]).to(x)
-    return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device).to(x)

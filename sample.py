@@ -11,6 +11,7 @@ arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 import zipfile
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 import fpo
 from data import imagenet
-from train_sit import (Latents, as_velocity, data_folder, fail, load_model, newest_checkpoint, parse_flags,
+from train_sit import (Latents, as_velocity, data_folder, fail, load_model, newest_checkpoint, parse_flags, seed_of,
                        start_processes, together, writable)
 
 
@@ -49,19 +50,20 @@ class Config:
     data: str = "data/font_digits"        # the data for --metrics
 
 
-ACCEPTED = dict(amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6), steps=(1, 10 ** 6),
-                tolerance=(1e-12, 1), guidance=(0, 1000), w=(0, 100), last=(0, 0.99), seed=(0, 2 ** 31))
 SAMPLERS = {                              # v, noise, flags, path, one generator for each image, end -> images
     "euler": lambda v, x, cfg, path, g, end: fpo.euler(v, x, cfg.steps, end),
     "heun": lambda v, x, cfg, path, g, end: fpo.heun(v, x, cfg.steps, end),
     "dopri5": lambda v, x, cfg, path, g, end: fpo.dopri5(v, x, cfg.tolerance, cfg.tolerance, end),
     "sde": lambda v, x, cfg, path, g, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, g, end),
 }
+ACCEPTED = dict(sampler=list(SAMPLERS), amp=["fp32", "tf32", "bf16"], count=(1, 10 ** 9), batch=(1, 10 ** 6),
+                steps=(1, 10 ** 6), tolerance=(1e-12, 1), guidance=(0, 1000), w=(0, 100), last=(0, 0.99),
+                seed=(0, 2 ** 31))
 
 
 def image_noise(seed, rows, shape):
     """For every row its own CPU generator and its first draw: noise (B, C, H, W), the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed * 2 ** 32 + int(row)) for row in rows]
+    generators = [torch.Generator().manual_seed(seed_of(seed, int(row))) for row in rows]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
@@ -76,14 +78,14 @@ def to_pixels(x, meta, vae=None):
         x = torch.cat([vae.decode(part).sample for part in z.split(8)])
         x = 127.5 * (x.float() + 1)
     else:
-        x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
+        x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, [0, 1, 2 % x.shape[1]]]
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu()
 
 
-def write_grid(pixels, path, columns=10):
+def write_grid(pixels, path):
     """uint8 (B, H, W, 3) -> one PNG, enlarged to about 48 pixels an image."""
     import matplotlib.image
-    B, H, W, _ = pixels.shape
+    (B, H, W, _), columns = pixels.shape, 10
     rows, zoom = math.ceil(B / columns), max(1, 48 // H)
     sheet = np.zeros((rows * columns, H, W, 3), np.uint8)
     sheet[:B] = pixels
@@ -101,7 +103,7 @@ def generate(model, config, cfg, rows, device):
     y, path = torch.tensor(labels, device=device), fpo.PATHS[config["path"]]
     v = as_velocity(model, config["predict"], config["path"])
     v = fpo.counted(fpo.guided(v, y, cfg.guidance, cfg.interval, model.num_classes))
-    end = 1e-3 if config["path"] == "diffusion" else 0.0
+    end = fpo.FIRST_T[config["path"]]
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
     if not x.isfinite().all():
@@ -175,6 +177,7 @@ def data_losses(model, config, data, n=4000):
     """
     n, losses = min(n, len(data.labels)), []
     t = (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 0.5) / n
+    t = t.clamp_min(fpo.FIRST_T[config["path"]])
     for x_t, v, part, y, f in noised(model, config, data, t):
         out, z = model(x_t, part, y, features=True) if len(model.projectors) else (model(x_t, part, y), None)
         v_hat = as_velocity(lambda *_: out, config["predict"], config["path"])(x_t, part, y)
@@ -202,7 +205,7 @@ def measure_features(model, config, data, t=0.1, n=4000):
 
 def measure(data, x, labels):
     """Everything that can be measured of samples x (N, C, H, W) against the data, under its full name."""
-    folder, n = Path(data.folder), min(len(x), 5000)
+    folder = Path(data.folder)
     if (folder / "judge.pt").exists():
         from data.font_digits import load_judge
         judge, name = load_judge(folder), "the judge's features"
@@ -213,16 +216,19 @@ def measure(data, x, labels):
         embed = lambda x: F.adaptive_avg_pool2d(x, 8).flatten(1)
     real = embed(data.some(10_000 + len(x)))
     spare, real, fake = real[:len(real) // 2][:len(x)], real[len(real) // 2:], embed(x)
-    precision, recall = precision_recall(real[:n], fake[:n])
-    result = {f"Frechet distance in {name}": frechet_distance(real, fake),
-              f"the same for {len(spare)} images of the data": frechet_distance(real, spare),
-              f"precision (k = 3, {n} + {n} images)": precision, f"recall (k = 3, {n} + {n} images)": recall}
+    result, n = {}, min(len(fake), len(real), 5000)
+    for images, which in ((fake, ""), (spare, f" of {len(spare)} images of the data")):
+        precision, recall = precision_recall(real[:n], images[:n])
+        result |= {f"Frechet distance in {name}{which}": frechet_distance(real, images),
+                   f"precision{which} (k = 3, {n} real ones)": precision,
+                   f"recall{which} (k = 3, {n} real ones)": recall}
     if judge:
         result["judge accuracy"] = (judge.head(fake).argmax(1).numpy() == labels).mean()
     return {key: float(value) for key, value in result.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def prepare(cfg, folder, device):
@@ -241,6 +247,11 @@ def prepare(cfg, folder, device):
     if data and (data.channels, data.size) != (model.channels, model.arch["size"]):
         raise ValueError(f"--data {cfg.data} has {data.channels} x {data.size} x {data.size} latents, the checkpoint "
                          f"makes {model.channels} x {model.arch['size']} x {model.arch['size']}")
+    if data and len(data.labels) < 20:
+        raise ValueError(f"--metrics needs 20 images of data or more, but --data {cfg.data} has {len(data.labels)}")
+    if data and data.targets is not None and len(model.projectors) and data.targets.shape[1:] != (
+            wanted := (model.pos_embed.shape[1], model.arch["feature_dim"])):
+        raise ValueError(f"--data {cfg.data} has features {data.targets.shape[1:]}, the checkpoint makes {wanted}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.amp == "tf32"
     vae = imagenet.load_vae(cfg.vae, device) if cfg.vae else None
     config.update(checkpoint=str(path), meta=config["meta"] or {"scale": 0.18215, "bias": 0.0})
@@ -278,8 +289,8 @@ def sample(cfg):
         nfe = 0
         for k in tqdm(range(0, len(mine), cfg.batch), unit="batch", disable=rank > 0):
             rows = mine[k:k + cfg.batch]
-            x, labels, nfe = generate(model, config, cfg, rows, device)
-            arrays["x"][rows], arrays["labels"][rows] = x.cpu().numpy(), labels
+            x, labels, evaluations = generate(model, config, cfg, rows, device)
+            arrays["x"][rows], arrays["labels"][rows], nfe = x.cpu().numpy(), labels, max(nfe, evaluations)
             arrays["arr_0"][rows] = to_pixels(x, meta, vae).numpy()
         for array in arrays.values():
             array.flush()
@@ -313,16 +324,19 @@ def sample(cfg):
         for key, value in result.items():
             print(f"{value:10.4f}  {key}")
         (out / "metrics.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")
-    for name in (*shapes, "settings"):
-        (out / f".{name}.npy").unlink()
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, dict(ACCEPTED, sampler=list(SAMPLERS)), argv, __doc__)
+    cfg = parse_flags(Config, ACCEPTED, argv, __doc__)
     try:
         sample(cfg)
     except ValueError as error:
         fail(error, anywhere=True)
+    except KeyboardInterrupt:
+        fail("stopped; nothing was kept")
+    finally:                                                           # done, failed or stopped: no drafts stay
+        for name in ("arr_0", "labels", "x", "settings") if os.environ.get("RANK", "0") == "0" else ():
+            Path(cfg.out, f".{name}.npy").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1013,6 +1013,15 @@ def test_moments_are_sampled_and_scaled(folder, tmp_path):
     torch.testing.assert_close(seen, (mean[rows] + std[rows] * noise - 0.25) * 0.5)
 
 
+def test_every_seed_draws_other_timesteps_and_other_noise_in_every_step_and_image(folder, tmp_path, monkeypatch):
+    drawn, draw = [], train_sit.Timesteps.draw
+    monkeypatch.setattr(train_sit.Timesteps, "draw", lambda self, u: drawn.append(u) or draw(self, u))
+    for seed in range(3):
+        assert run(flags(folder, tmp_path / str(seed), seed=seed) + ["--steps", 2]) == 0
+    noise = torch.cat([sample.image_noise(seed, range(3), (1, 2, 2))[0] for seed in range(3)])
+    assert len(drawn) == 6 and len(torch.cat(drawn).unique()) == 6 * 8 and len(noise.unique()) == noise.numel()
+
+
 @pytest.mark.parametrize("changes", [{}, dict(timesteps="vr_loss", align="nt_xent"), dict(baseline=True, predict="x", path="cosine"),
                                      dict(align="vrpo", vrpo_weights="inverse_variance")], ids=["default", "vr_loss", "baseline", "vrpo"])
 def test_resume_is_exact(folder, tmp_path, changes):
@@ -1237,7 +1246,7 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_keeps_the_last_whole_c
     (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {command}")
     job = launch(2, tmp_path / "main.py", flags(folder, tmp_path) + ["--steps", 9, "--save_every", 2])
     said = job.communicate(timeout=60)[0]
-    assert job.returncode != 0 and said.count("cannot write") == 1 and f"checkpoint is {good}" in said, said
+    assert job.returncode != 0 and said.count("cannot write") == 1 and f"checkpoint: {good}" in said, said
     assert "Traceback" not in said.split("exitcode: 1")[0], said       # the others end in silence
     assert train_sit.newest_checkpoint(tmp_path) == good and not list(tmp_path.glob("*.tmp"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
@@ -1383,7 +1392,7 @@ def test_images_that_are_not_finite_are_never_written(trained, tmp_path):
     torch.save(state, tmp_path / "nan.pt")
     for sampler in ("euler", "dopri5"):
         line = run(["--checkpoint", tmp_path / "nan.pt", "--out", tmp_path / "s", "--count", 3, "--sampler", sampler], sample)
-        assert "not finite" in line and "\n" not in line and not (tmp_path / "s" / "samples.npz").exists()
+        assert "not finite" in line and "\n" not in line and not list((tmp_path / "s").iterdir())
 
 
 def test_samples_need_room_on_the_disk(trained, tmp_path, monkeypatch):
@@ -1572,6 +1581,15 @@ def damaged(folder, tmp_path, what):
         (tmp_path / "meta.json").write_text(json.dumps({"num_classes": 10}))
     elif what == "9 tokens":
         np.save(tmp_path / "features.npy", np.ones((64, 9, 8), np.int8))
+    elif what == "no images":
+        for name in ("latents", "labels", "features"):
+            np.save(tmp_path / f"{name}.npy", np.load(folder / f"{name}.npy")[:0])
+    elif what == "words":
+        np.save(tmp_path / "latents.npy", np.full((64, 1, 16, 16), "one"))
+    elif what == "an archive":
+        np.savez(open(tmp_path / "latents.npy", "wb"), a=np.ones(3))
+    elif what == "odd moments":
+        (tmp_path / "meta.json").write_text(json.dumps({**meta, "moments": True}))
     elif what == "pickled":
         np.save(tmp_path / "labels.npy", np.array([None] * 64), allow_pickle=True)
     return tmp_path
@@ -1579,7 +1597,8 @@ def damaged(folder, tmp_path, what):
 
 @pytest.mark.parametrize("what, expected", [
     ("no labels", "labels.npy"), ("no features", "features.npy"), ("label 10", "0 to 9"), ("63 labels", "63"), ("wrong scale", "scale"),
-    ("9 tokens", "9 tokens"), ("pickled", "Python objects"), ("no scale", "'scale'"), ("a list", "TypeError"), ("two biases", "TypeError"), ("gone", "meta.json")])
+    ("9 tokens", "9 tokens"), ("pickled", "Python objects"), ("no scale", "'scale'"), ("a list", "TypeError"), ("two biases", "TypeError"), ("gone", "meta.json"),
+    ("no images", "latents (N, C, H, H)"), ("words", "latents (N, C, H, H)"), ("an archive", "AttributeError"), ("odd moments", "C, H, H")])
 def test_bad_data_is_refused_in_one_line(folder, tmp_path, what, expected):
     data = tmp_path / "gone" if what == "gone" else damaged(folder, tmp_path, what)
     line = run(flags(data, tmp_path / "out"))
@@ -1592,6 +1611,7 @@ def test_bad_data_is_refused_in_one_line(folder, tmp_path, what, expected):
     (["--weighting", "x"], "min_snr"), (["--weighting", "p2", "--fpo", "off", "--predict", "eps"], "--predict v"),
     (["--align", "vrpo", "--vrpo_stability", "0.1"], "of 8 images"), (["--align", "vrpo", "--accumulate", "2"], "--accumulate 1"), (["--r", "0"], "0 < r <= 1"), (["--tau", "0"], "tau > 0"), (["--beta", "-1"], "beta >= 0"),
     (["--steps", "0"], "from 1"), (["--lr", "-1"], "from 0"), (["--lr", "fast"], "--lr"), (["--weighting", "p2"], "--fpo"),
+    (["--baseline", "--timesteps", "logit_normal"], "--baseline means --timesteps uniform"), (["--guidance", "nan"], "from 0"),
     (["--out", "/proc/nothing"], "/proc/nothing"), (["--model", "SiT-S/8"], "tokens"), (["--nonsense"], "--nonsense")])
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, argv, expected):
     line = run(flags(folder, tmp_path / "out") + argv)
@@ -1633,6 +1653,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     line = run(flags(folder, tmp_path) + ["--steps", 30])
     assert "not finite at step 7" in line and str(good) in line
     assert train_sit.newest_checkpoint(tmp_path) == good
+
+
+def test_vrpo_that_diverges_ends_in_one_line_too(folder, tmp_path):
+    line = run(flags(folder, tmp_path, align="vrpo", lr=1e30) + ["--warmup", 0])
+    assert "not finite at step" in line and "none yet" in line
+
+
+def test_clip_0_clips_nothing(folder, tmp_path):
+    for clip in (0, 1e9):
+        assert run(flags(folder, tmp_path / str(clip), clip=clip)) == 0
+    assert log_of(tmp_path / "0") == log_of(tmp_path / str(1e9))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -157,6 +157,9 @@ def speed():
 
 
 # ---- Measures, tables and figures ------------------------------------------------------------------------------------
+MEASURES = "sliced Wasserstein", "energy distance", "squared velocity error"
+
+
 def sliced_wasserstein(x, y, directions=32):
     """Mean over directions of the 1D Wasserstein-1 distance: x (S, n, 2), y (m, 2), m a multiple of n -> (S,)."""
     angle = math.pi * torch.arange(directions) / directions
@@ -436,9 +439,6 @@ def variance_figure(args, flat, wide):
 
 
 # ---- 3. race ---------------------------------------------------------------------------------------------------------
-MEASURES = "sliced Wasserstein", "energy distance", "squared velocity error"
-
-
 def fpo_of(beta, tau=1.0, centre=False, weights=fpo.fpo_gradient_weights):
     """(timesteps, weights) of FPO, every seed ranking its own batch; centre: by the loss minus its mean near that t."""
     def c(losses, t):                                                              # (S, N), (S, N) -> (S, N)
@@ -656,10 +656,15 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
-    for name in args.experiment or EXPERIMENTS:
-        start = time.perf_counter()
-        EXPERIMENTS[name](args)
-        print(f"{name}: {time.perf_counter() - start:.0f} s")
+    try:
+        for name in args.experiment or EXPERIMENTS:
+            start = time.perf_counter()
+            EXPERIMENTS[name](args)
+            print(f"{name}: {time.perf_counter() - start:.0f} s")
+    except (OSError, ValueError) as error:                                         # a figure or the digits' folder
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.error("stopped")
 
 
 if __name__ == "__main__":

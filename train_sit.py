@@ -53,7 +53,7 @@ class Config:
     repa_weight: float = 0.5              # lambda of the alignment loss
     align: str = "cosine"                 # alignment: a loss of REPA, or vrpo: as a reward
     vrpo_weights: str = "fixed"           # VRPO: 0.3, 0.5, 0.2, or by the inverse variance of each reward
-    vrpo_stability: float = 0.25          # VRPO: share of the batch seen at a neighbouring t, too; 0: no stability
+    vrpo_stability: float = 0.25          # VRPO: share (0 or 1/k) of the batch seen at a neighbouring t, too
     vrpo_near: float = 0.02               # VRPO: how much smaller the neighbouring t is
     vrpo_eta: float = 0.1                 # VRPO: how much the coefficient grows with the variance of the reward
     fpo: str = "both"                     # losses that FPO reweights (VRPO has coefficients of its own)
@@ -71,7 +71,7 @@ class Config:
     batch: int = 128                      # images per step over all processes
     lr: float = 2e-3                      # learning rate after warm-up, constant
     warmup: int = 100                     # steps of linear warm-up
-    clip: float = 1.0                     # gradient norm clip
+    clip: float = 1.0                     # gradient norm clip; 0: none
     ema: float = 0.999                    # decay of the weight average; in the first steps (1 + step) / (10 + step)
     amp: str = "auto"                     # auto: bf16 where this hardware runs it faster
     seed: int = 0                         # seed of everything
@@ -101,9 +101,10 @@ ACCEPTED = dict(                          # a list of names, or the least and th
     fpo=["off", "velocity", "alignment", "both"], weighting=["uniform", "hard_sample", "p2", "min_snr"],
     timesteps=["uniform", "logit_normal", "vr_gaussian", "vr_monte_carlo", "vr_loss"], amp=["auto", "bf16", "fp32"],
     compile=["auto", "on", "off"], accumulate=COUNT, bench=AMOUNT, steps=(1, 9_999_999), batch=COUNT, log_every=COUNT,
-    sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT,
+    sample_every=COUNT, save_every=COUNT, keep=COUNT, warmup=AMOUNT, guidance=(0, 1000), logit_mean=(-100, 100),
     lr=AMOUNT, clip=AMOUNT, repa_weight=AMOUNT, ema=SHARE, vr_uniform=SHARE, label_dropout=SHARE, fpo_align_from=SHARE,
     seed=(0, 2 ** 31))
+# Flags that may change when a run goes on
 FREE_ON_RESUME = ("out data steps amp log_every sample_every save_every keep guidance baseline init accumulate "
                   "checkpointing compile bench").split()
 LOG = "step loss align grad_norm moved ess lr images_per_s reward reward_std".split()      # README says what they are
@@ -255,7 +256,7 @@ class SiT(nn.Module):
         h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed      # (B, T, D)
         c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)   # (B, D)
         if recompute := self.checkpointing and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint                               # in torch 2.6 a third of a second
+            from torch.utils.checkpoint import checkpoint              # not at the top: in torch 2.6 it takes 0.3 s
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if recompute else block(h, c)
             if features and depth == self.encoder_depth:
@@ -299,20 +300,24 @@ class Latents:
                 from data import imagenet
                 self.meta, arrays = imagenet.read_foreign(self.folder)
                 arrays = {name: arrays[name] for name in wanted}
-            self.classes, scale, bias = (self.meta[key] + 0 for key in ("num_classes", "scale", "bias"))      # numbers
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.classes, _ = int(self.meta["num_classes"]), self.meta["scale"] + self.meta["bias"]           # numbers
+            shapes = {name: array.shape for name, array in arrays.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"data folder {folder} lacks a part, or it cannot be read (--no-repa needs no features, "
                              f"--encoder takes images): {type(error).__name__} {error}") from None
         self.latents, self.labels = arrays["latents"], arrays["labels"]
         self.targets = arrays.get("features", arrays.get("images"))          # REPA's, or what its encoder looks at
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if (any(len(shape) != dict(latents=4, labels=1, features=3, images=4)[name] for name, shape in shapes.items())
-                or len({shape[0] for shape in shapes.values()}) > 1 or shapes["latents"][2] != shapes["latents"][3]):
-            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,), features (N, T, D) and images "
-                             f"(N, 3, S, S) if any are needed, not {shapes}")
+        self.moments = bool(self.meta.get("moments", False))
+        accepted = dict(latents=(4, "iuf"), labels=(1, "iu"), features=(3, "iuf"), images=(4, "iu"))    # axes, dtypes
+        wrong = [name for name, array in arrays.items() if len(array.shape) != accepted[name][0]
+                 or hasattr(array, "dtype") and array.dtype.kind not in accepted[name][1]]
+        shape = self.latents.shape
+        if (wrong or len({array.shape[0] for array in arrays.values()}) > 1 or 0 in shape or shape[2] != shape[3]
+                or self.moments and shape[1] % 2):
+            raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,) of whole numbers, features "
+                             f"(N, T, D) and images (N, 3, S, S) if any are needed, not {shapes}")
         if isinstance(self.labels, np.ndarray):                              # files one by one: only as they are read
             self.check(self.labels)
-        self.moments = bool(self.meta.get("moments", False))
         self.channels, self.size = self.latents.shape[1] // (2 if self.moments else 1), self.latents.shape[2]
 
     def check(self, labels):
@@ -354,6 +359,11 @@ class Latents:
                 f"the model sees mean {mean} deviation {std}")
 
 
+def seed_of(seed, n):
+    """The seed of the n-th step or image: 32 bits, all that a generator on a CPU keeps. n alone where seed = 0."""
+    return (seed * 0x9E3779B1 + n) % 2 ** 32
+
+
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.RandomState([seed, epoch]).permutation(n)
@@ -374,7 +384,7 @@ class Timesteps:
 
     def __init__(self, cfg, data, device, state=None):
         self.kind, self.uniform, self.mean, self.predict = cfg.timesteps, cfg.vr_uniform, cfg.logit_mean, cfg.predict
-        self.least = 1e-3 if cfg.path == "diffusion" else 0.0                  # sigma' is infinite at 0 there
+        self.least = fpo.FIRST_T[cfg.path]
         bins, self.path = 100 if self.kind == "vr_loss" else 1000, fpo.PATHS[cfg.path]
         state = state or self.start(cfg, data, device, bins)
         self.state = {name: value.to(device) for name, value in state.items()}
@@ -427,7 +437,7 @@ class Timesteps:
 
 
 def save_checkpoint(folder, state, keep):
-    """Write folder/step-NNNNNNN.pt whole or not at all, and remove all but the newest keep. Returns its path."""
+    """Write folder/step-NNNNNNN.pt whole or not at all, and remove all but the newest keep."""
     path = Path(folder) / f"step-{state['step']:07d}.pt"
     draft = path.with_suffix(".tmp")
     try:
@@ -439,8 +449,8 @@ def save_checkpoint(folder, state, keep):
     except (OSError, RuntimeError) as error:                           # a full disk: torch.save says RuntimeError
         draft.unlink(missing_ok=True)
         reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
-        raise ValueError(f"cannot write {path} ({str(reason).splitlines()[0]}); the last whole checkpoint is "
-                         f"{newest_checkpoint(folder)}") from None
+        raise ValueError(f"cannot write {path} ({str(reason).splitlines()[0]}); the last whole checkpoint: "
+                         f"{newest_checkpoint(folder) or 'none yet'}") from None
     for old in (*sorted(Path(folder).glob("step-*.pt"))[:-keep], *Path(folder).glob("step-*.tmp")):
         old.unlink()
     return path
@@ -690,8 +700,7 @@ def sample_weights(cfg, losses, t):
     return c
 
 
-def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, world,
-                perceptual=fpo.perceptual_distance):
+def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, world):
     """VRPO's losses of this process's batch (b,) in place of REPA's; updates state, a dict of moving moments.
 
     All arguments are this process's. Later blocks get no gradient: z ends before them, the prediction is detached.
@@ -699,7 +708,7 @@ def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, 
     path, b = fpo.PATHS[cfg.path], len(x)
     x_t, _ = fpo.interpolate(x, eps, t, path)
     v = as_velocity(lambda *_: prediction.detach().float(), cfg.predict, cfg.path)(x_t, t, y)
-    distance = perceptual(fpo.x_from_velocity(v, x_t, t, path), x)
+    distance = fpo.perceptual_distance(fpo.x_from_velocity(v, x_t, t, path), x)
     ours = fpo.pooled(z)
     everyone, real = gathered(torch.stack([ours, fpo.pooled(features)]), world, 1)                    # each (B, D)
     state["feature"] = fpo.moving_moments(real, state.get("feature"))
@@ -710,7 +719,7 @@ def vrpo_losses(cfg, model, z, prediction, x, eps, t, y, features, state, rank, 
     if cfg.vrpo_stability > 0:
         every = round(1 / cfg.vrpo_stability)
         rows = slice(-rank * b % every, None, every)                              # 0, every, ... of the global batch
-        t_near = (t[rows] - cfg.vrpo_near).clamp_min(1e-3 if cfg.path == "diffusion" else 0)
+        t_near = (t[rows] - cfg.vrpo_near).clamp_min(fpo.FIRST_T[cfg.path])
         x_near, _ = fpo.interpolate(x[rows], eps[rows], t_near, path)
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
             near = model(x_near, t_near, y[rows], features="only")
@@ -739,8 +748,10 @@ def writable(folder, rank):
 
 def prepare(cfg, folder, rank, world, device):
     """All that can refuse to start, before any work: flags, data, a writable folder, the checkpoint to resume from."""
-    if cfg.baseline:
-        cfg.repa, cfg.fpo, cfg.timesteps = False, "off", "uniform"
+    for name, off in dict(repa=False, fpo="off", timesteps="uniform").items() if cfg.baseline else ():
+        if getattr(cfg, name) not in (off, getattr(Config, name)):
+            raise ValueError(f"--baseline means --{name} {off}, not {getattr(cfg, name)}: leave one of the two out")
+        setattr(cfg, name, off)
     fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
     if cfg.weighting != "uniform" and cfg.fpo in ("velocity", "both"):
         raise ValueError(f"--weighting {cfg.weighting} replaces FPO on the velocity loss: add --fpo off or alignment")
@@ -861,8 +872,8 @@ def train(cfg):
     def record():
         """Rows of log.csv, checkpoints and pictures, where due; ValueError for a loss that was not finite."""
         if first_bad < never:
-            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint is "
-                             f"{newest_checkpoint(out)}")
+            raise ValueError(f"the loss is not finite at step {int(first_bad)}; the last good checkpoint: "
+                             f"{newest_checkpoint(out) or 'none yet'}")
         if rank > 0:
             return
         images_per_s = cfg.batch * len(window) / (time.time() - since)
@@ -912,7 +923,7 @@ def train(cfg):
         upcoming.append(reader.submit(fetch, step + 3))
         latents, y, targets = (a if a is None else a.to(device, non_blocking=True) for a in batch)
         # The whole global batch's randomness, from (seed, step); this process uses its slice.
-        random = torch.Generator(device).manual_seed(cfg.seed * 2 ** 32 + step)
+        random = torch.Generator(device).manual_seed(seed_of(cfg.seed, step))
         eps = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine]
         u, drop = torch.rand(2, cfg.batch, generator=random, device=device)
         noise = torch.randn(cfg.batch, *shape, generator=random, device=device)[mine] if data.moments else None
@@ -943,7 +954,7 @@ def train(cfg):
                 ((c[:, mine][:, part] * done[-1]).sum(1) / b @ scale).backward()
         if len(parts) > 1:
             everyone = gathered(torch.cat(done, 1), world, 1)
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
         opt.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(cfg.ema, (1 + step) / (10 + step)))

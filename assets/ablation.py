@@ -72,38 +72,37 @@ def measured(checkpoint, data):
     settings, device = sample.Config(steps=10), torch.device("cpu")
     parts = [sample.generate(model, config, settings, np.arange(k, k + 100), device)[:2] for k in range(0, 1000, 100)]
     x, labels = torch.cat([x for x, _ in parts]), np.concatenate([y for _, y in parts])
-    values = [*sample.measure(data, x, labels).values()]                 # Fréchet, its floor, precision, recall, judge
+    values = [*sample.measure(data, x, labels).values()]   # Fréchet, precision, recall, the data's own, judge
     cosine, cknna, probe = sample.measure_features(model, config, data).values()
     t, losses, align = sample.data_losses(model, config, data, 31 * 128)
     c = torch.cat([fpo.fpo_gradient_weights(part) for part in losses.split(128)])
     rows = [r for r in csv.DictReader(open(checkpoint.parent / "log.csv")) if int(r["step"]) <= config["step"]][-5:]
     logged = [np.mean([float(row[column] or "nan") for row in rows]) for column in LOGGED]
-    return [losses.mean().item(), values[0], values[4], *values[2:4], cosine, cknna, probe,
+    return [losses.mean().item(), values[0], values[-1], *values[1:3], cosine, cknna, probe,
             explained(t, losses), explained(t, align), explained(t, c), *logged]
 
 
 def run(group, name, seed, folder):
-    """Train where the last checkpoint is missing; the rows of its checkpoints. On one core."""
+    """Train, or go on, on one core; the rows of the checkpoints. A folder that holds another run is an error."""
     common, steps, runs = GROUPS[group]
     out = folder / f"{group}-{list(runs).index(name)}-{seed}"
-    if not (out / f"step-{steps[-1]:07d}.pt").exists():
-        command = [sys.executable, "train_sit.py", *f"--amp fp32 {common} {runs[name]} --seed {seed}".split()]
-        done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} --out {out}: {done.stderr.strip().splitlines()[-1]}")
+    command = [sys.executable, "train_sit.py", *f"--amp fp32 {common} {runs[name]} --seed {seed}".split()]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} --out {out}: {done.stderr.strip().splitlines()[-1]}")
     data = train_sit.Latents(ROOT / train_sit.Config.data, features=True)
     return [[group, name, seed, step, *(f"{v:.6g}" for v in measured(out / f"step-{step:07d}.pt", data))]
             for step in steps]
 
 
 def study(args):
-    """Every run that the table lacks, args.jobs at a time, group by group and seed by seed."""
+    """Every run that the table lacks, args.jobs at a time, seed by seed."""
     table = HERE / "ablation.csv"
     if not table.exists():
         table.write_text(",".join(COLUMNS) + "\n")
     have = {(r["group"], r["name"], int(r["seed"])) for r in csv.DictReader(open(table))}
-    jobs = [(group, name, seed) for group in GROUPS for seed in range(args.seeds) for name in GROUPS[group][2]]
+    jobs = [(group, name, seed) for seed in range(args.seeds) for group in GROUPS for name in GROUPS[group][2]]
     train_sit.data_folder(train_sit.Config.data, 0, 1)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -176,7 +175,8 @@ def tables(table):
         print_rows(f"{title}: mean ± standard deviation over {seeds} seeds", ["", *head],
                    [[name, *(show(table.of(group, name, m), m) for m in MEASURES)] for name in names])
         pairs = MAIN_PAIRS if group == "default" else [(name, "REPA") for name in GRID if name != "REPA"]
-        print_rows(f"{title}: paired difference ± 95 % (the loss in %)" + " from REPA" * (group == "grid"), ["", *head],
+        against = " from REPA" * (group == "grid")
+        print_rows(f"{title}: paired difference ± 95 % (the loss in %){against}", ["", *head],
                    [[f"{a} - {b}" if group == "default" else a, *(gap(group, a, b, m=m) for m in MEASURES)]
                     for a, b in pairs])
     print_rows("FPO both, β = 2, minus REPA, by batch: paired difference ± 95 %",
@@ -225,8 +225,12 @@ def draw(args):
             ax.plot(steps, values.mean(1), f"C{k}o-", ms=3, lw=1, label=name)
             ax.fill_between(steps, values.min(1), values.max(1), color=f"C{k}", alpha=0.12, lw=0)
         ax.set(xscale="log", xticks=steps, xticklabels=steps, title=HEAD[measure][0])
+        if measure == "frechet":
+            ax.set(yscale="log", yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
         ax.minorticks_off()
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=7, columnspacing=1, handlelength=1.5)
+    fig.supxlabel("step", fontsize="medium")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=8, columnspacing=1, handlelength=1.2,
+               fontsize="small")
     save(fig, "", "The default run against steps: mean and range over the seeds")
 
     fig = Figure((10, 3), layout="constrained")
@@ -243,12 +247,13 @@ def draw(args):
                           "hard samples, β = N/2", "P2"])
     save(fig, "_fpo", "How much of FPO is timestep reweighting?")
 
-    fig, sizes = Figure((10, 2.8), layout="constrained"), sorted((*BATCHES, 128))
+    fig, sizes = Figure((10.5, 2.8), layout="constrained"), sorted((*BATCHES, 128))
     left, *right = fig.subplots(1, 4)
     left.plot(sizes, [200 / (N + 2) for N in sizes], "k:", label="β / (N + β)")
     moved = [100 * table.of("batch", f"FPO, N = {N}", "moved").mean() for N in sizes]
     left.plot(sizes, moved, "C0o-", ms=3, label="measured")
-    left.set(xscale="log", yscale="log", xlabel="batch N", title="gradient weight moved by FPO, %")
+    left.set(xscale="log", yscale="log", xlabel="batch N", title="gradient weight moved by FPO, %",
+             yticks=(0.2, 0.5, 1, 2, 5, 10), yticklabels=(0.2, 0.5, 1, 2, 5, 10))
     left.legend()
     for ax, measure in zip(right, GAPS):
         mean, half = zip(*(table.gap("batch", f"FPO, N = {N}", f"REPA, N = {N}", measure) for N in sizes))
@@ -293,7 +298,7 @@ def main():
         draw(args)
     except KeyboardInterrupt:
         parser.error("stopped; the same command goes on")
-    except (OSError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         parser.error(error)
 
 
