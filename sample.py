@@ -94,7 +94,10 @@ def write_grid(pixels, path):
 
 
 def generate(model, config, cfg, rows, device):
-    """The images with numbers rows (B,) as the model sees them -> x (B, C, H, W), labels (B,), NFE."""
+    """The images with numbers rows (B,) as the model sees them -> x (B, C, H, W), labels (B,), NFE.
+
+    ValueError where they are not finite.
+    """
     shape = (model.channels, model.arch["size"], model.arch["size"])
     x, generators = image_noise(cfg.seed, rows, shape)
     labels = [int(torch.randint(model.num_classes, (1,), generator=g)) for g in generators]
@@ -269,6 +272,7 @@ def allocate(out, files, shapes):
 
 
 def sample(cfg):
+    """The whole program: images into memory-mapped drafts, then samples.npz, grid.png and metrics.json in cfg.out."""
     from tqdm import tqdm
     rank, world, device = start_processes()
     folder = Path(data_folder(cfg.data, rank, world)) if cfg.metrics else None

@@ -321,6 +321,7 @@ class Latents:
         self.channels, self.size = self.latents.shape[1] // (2 if self.moments else 1), self.latents.shape[2]
 
     def check(self, labels):
+        """ValueError for a label that is no class."""
         if labels.min() < 0 or labels.max() >= self.classes:
             raise ValueError(f"data folder {self.folder}: labels from {labels.min()} to {labels.max()}, but 0 to "
                              f"{self.classes - 1} are accepted (num_classes in meta.json)")
@@ -409,6 +410,7 @@ class Timesteps:
         return {name: value.float() for name, value in state.items()}
 
     def draw(self, u):
+        """u (B,) uniform in [0, 1) -> t (B,)."""
         if self.kind == "uniform":
             return u.clamp_min(self.least)
         if self.kind == "logit_normal":

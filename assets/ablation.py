@@ -29,12 +29,17 @@ import train_sit
 OFF = "--fpo off --timesteps uniform"
 MAIN = {"plain SiT": "--baseline", "REPA": OFF, "REPA + FPO": "--timesteps uniform", "REPA + VR": "--fpo off",
         "REPA + FPO + VR": "", "VRPO + FPO + VR": "--align vrpo",
-        "REPA + logit-normal": "--fpo off --timesteps logit_normal"}
+        "REPA + logit-normal": "--fpo off --timesteps logit_normal",
+        "REPA + VR (network)": "--fpo off --timesteps vr_loss"}
 MAIN_PAIRS = [("REPA", "plain SiT"), ("REPA + FPO", "REPA"), ("REPA + VR", "REPA"), ("REPA + FPO + VR", "REPA"),
-              ("VRPO + FPO + VR", "REPA + FPO + VR"), ("REPA + logit-normal", "REPA")]
+              ("VRPO + FPO + VR", "REPA + FPO + VR"), ("REPA + logit-normal", "REPA"),
+              ("REPA + VR (network)", "REPA")]
 GRID = {"REPA": OFF, "VRPO": f"{OFF} --align vrpo", "logit-normal, m = 0": "--fpo off --timesteps logit_normal",
         "VR, Gaussian": "--fpo off", "VR, Monte Carlo": "--fpo off --timesteps vr_monte_carlo",
-        "VR, network": "--fpo off --timesteps vr_loss"}
+        "VR, network": "--fpo off --timesteps vr_loss",
+        "logit-normal, m = 0.25": "--fpo off --timesteps logit_normal --logit_mean 0.25",
+        "logit-normal, m = 2.25": "--fpo off --timesteps logit_normal --logit_mean 2.25",
+        "REPA, λ = 2": f"{OFF} --repa_weight 2"}
 GRID |= {name: f"--timesteps uniform {flags}" for name, flags in {
     "FPO velocity, β = 2": "--fpo velocity --beta 2", "FPO alignment, β = 2": "--fpo alignment --beta 2",
     "FPO both, β = 2": "--beta 2", "FPO both, β = N/8": "--beta 16", "FPO both, β = N/2": "--beta 64",
@@ -177,7 +182,7 @@ def tables(table):
         pairs = MAIN_PAIRS if group == "default" else [(name, "REPA") for name in GRID if name != "REPA"]
         against = " from REPA" * (group == "grid")
         print_rows(f"{title}: paired difference ± 95 % (the loss in %){against}", ["", *head],
-                   [[f"{a} - {b}" if group == "default" else a, *(gap(group, a, b, m=m) for m in MEASURES)]
+                   [[f"{a} vs {b}" if group == "default" else a, *(gap(group, a, b, m=m) for m in MEASURES)]
                     for a, b in pairs])
     print_rows("FPO both, β = 2, minus REPA, by batch: paired difference ± 95 %",
                ["", "moved, %", "β / (N + β), %", *GAPS.values()],
@@ -228,7 +233,8 @@ def draw(args):
         if measure == "frechet":
             ax.set(yscale="log", yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
         ax.minorticks_off()
-    fig.supxlabel("step", fontsize="medium")
+        if ax.get_subplotspec().is_last_row():
+            ax.set_xlabel("step")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=8, columnspacing=1, handlelength=1.2,
                fontsize="small")
     save(fig, "", "The default run against steps: mean and range over the seeds")
@@ -276,7 +282,7 @@ def draw(args):
               label="logit-normal, m = 0")
     left.set(xlabel="t", yscale="log", ylim=(0.05, None), title="density of t (VR: a tenth uniform)")
     left.legend()
-    forest(right, table, [*VR, "logit-normal, m = 0"])
+    forest(right, table, [*VR, "logit-normal, m = 0", "logit-normal, m = 0.25"])
     save(fig, "_vr", "Three estimators of one curve: what they recommend, and what it does (against uniform t)")
 
 
