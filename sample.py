@@ -8,10 +8,10 @@ r"""Checkpoint in; a picture grid, an .npz for the ADM evaluator and, with --met
 Image i depends on the seed and on i alone: neither on the batch size nor on the number of processes. The .npz holds
 arr_0 (N, H, W, 3) uint8, the labels, and every setting it was sampled with.
 """
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 import zipfile
@@ -271,8 +271,11 @@ def allocate(out, files, shapes):
         np.lib.format.open_memmap(files[name], "w+", dtype, shape).flush()
 
 
-def sample(cfg):
-    """The whole program: images into memory-mapped drafts, then samples.npz, grid.png and metrics.json in cfg.out."""
+def sample(cfg, cleanup):
+    """The whole program: images into memory-mapped drafts, then samples.npz, grid.png and metrics.json in cfg.out.
+
+    cleanup: an ExitStack, which removes the drafts at the end, however it comes.
+    """
     from tqdm import tqdm
     rank, world, device = start_processes()
     folder = Path(data_folder(cfg.data, rank, world)) if cfg.metrics else None
@@ -284,9 +287,11 @@ def sample(cfg):
     pixels = to_pixels(torch.zeros(1, *latent, device=device), meta, vae).shape[1:]
     shapes = {"arr_0": ((cfg.count, *pixels), np.uint8), "labels": ((cfg.count,), np.int64),
               "x": ((cfg.count, *latent), np.float32)}
-    files = {name: out / f".{name}.npy" for name in shapes}
+    files = {name: out / f".{name}.npy" for name in (*shapes, "settings")}
+    for file in files.values() if rank == 0 else ():
+        cleanup.callback(file.unlink, missing_ok=True)
     together(lambda: rank or allocate(out, files, shapes), rank, world)
-    arrays = {name: np.load(file, mmap_mode="r+", allow_pickle=False) for name, file in files.items()}
+    arrays = {name: np.load(files[name], mmap_mode="r+", allow_pickle=False) for name in shapes}
     mine = np.arange(cfg.count)[rank * cfg.count // world:(rank + 1) * cfg.count // world]
 
     def draw():
@@ -308,10 +313,10 @@ def sample(cfg):
     settings = dict(dataclasses.asdict(cfg), checkpoint=config["checkpoint"], step=config["step"], path=config["path"],
                     predict=config["predict"], vae=cfg.vae or None, trained_on_vae=meta.get("vae"), nfe=nfe,
                     processes=world)
-    np.save(out / ".settings.npy", json.dumps(settings))
+    np.save(files["settings"], json.dumps(settings))
     with zipfile.ZipFile(out / "samples.npz", "w") as archive:         # an .npz is a zip of .npy files
         for name in ("arr_0", "labels", "settings"):
-            archive.write(out / f".{name}.npy", f"{name}.npy")
+            archive.write(files[name], f"{name}.npy")
     write_grid(arrays["arr_0"][:100], out / "grid.png")
     took = time.time() - start
     print(f"{cfg.count} images, {nfe} evaluations each, {took:.0f} s. Wrote {out}/grid.png and {out}/samples.npz")
@@ -333,14 +338,12 @@ def sample(cfg):
 def main(argv=None):
     cfg = parse_flags(Config, ACCEPTED, argv, __doc__)
     try:
-        sample(cfg)
+        with contextlib.ExitStack() as cleanup:
+            sample(cfg, cleanup)
     except ValueError as error:
         fail(error, anywhere=True)
     except KeyboardInterrupt:
         fail("stopped; nothing was kept")
-    finally:                                                           # done, failed or stopped: no drafts stay
-        for name in ("arr_0", "labels", "x", "settings") if os.environ.get("RANK", "0") == "0" else ():
-            Path(cfg.out, f".{name}.npy").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -309,10 +309,10 @@ class Latents:
         self.targets = arrays.get("features", arrays.get("images"))          # REPA's, or what its encoder looks at
         self.moments = bool(self.meta.get("moments", False))
         accepted = dict(latents=(4, "iuf"), labels=(1, "iu"), features=(3, "iuf"), images=(4, "iu"))    # axes, dtypes
-        wrong = [name for name, array in arrays.items() if len(array.shape) != accepted[name][0]
-                 or hasattr(array, "dtype") and array.dtype.kind not in accepted[name][1]]
-        shape = self.latents.shape
-        if (wrong or len({array.shape[0] for array in arrays.values()}) > 1 or 0 in shape or shape[2] != shape[3]
+        wrong = [name for name, (axes, kinds) in accepted.items() if name in arrays
+                 and (len(shapes[name]) != axes or arrays[name].dtype.kind not in kinds)]
+        shape = shapes["latents"]
+        if (wrong or len({lengths[0] for lengths in shapes.values()}) > 1 or 0 in shape or shape[2] != shape[3]
                 or self.moments and shape[1] % 2):
             raise ValueError(f"data folder {folder}: latents (N, C, H, H), labels (N,) of whole numbers, features "
                              f"(N, T, D) and images (N, 3, S, S) if any are needed, not {shapes}")
@@ -455,7 +455,6 @@ def save_checkpoint(folder, state, keep):
                          f"{newest_checkpoint(folder) or 'none yet'}") from None
     for old in (*sorted(Path(folder).glob("step-*.pt"))[:-keep], *Path(folder).glob("step-*.tmp")):
         old.unlink()
-    return path
 
 
 def newest_checkpoint(folder):
