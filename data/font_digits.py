@@ -1,23 +1,19 @@
 """The embedded data set: digits 0-9 drawn from the fonts that ship with matplotlib. No download.
 
-    python data/font_digits.py            # writes data/font_digits/ (train_sit.py does so itself when it is missing)
+    python data/font_digits.py      # writes data/font_digits/ (train_sit.py does so itself if it is missing)
 
-Each image: one digit, 20 faces, random size, rotation, slant and shift, 16 x 16 gray. The folder:
-    latents.npy   (N, 1, 16, 16) uint8    what the model sees is (latents - bias) * scale
+Each image shows one digit in one of 20 faces, with random size, rotation, slant and shift. The folder:
+    latents.npy   (N, 1, 16, 16) uint8    gray images; what the model sees is (latents - bias) * scale
     labels.npy    (N,) int64
     features.npy  (N, 16, 64) int8        unit tokens of a small frozen encoder: the alignment target of REPA
     meta.json     scale, bias, feature_scale, num_classes, ...
     judge.pt      a classifier trained on other draws, used by sample.py --metrics and never in training
 The same seed draws the same images everywhere; the two networks agree between machines up to float rounding.
 """
+import argparse
 import functools
 import json
-import math
-import os
-import shutil
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,93 +22,105 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parent / "font_digits"
-FACES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
-         "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif",
-         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol",
-         "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10"]
+FACES = """
+    DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique
+    DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique
+    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic
+    STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10""".split()
 SIZE = 16                                   # pixels of an image
-GLYPH, EXTENT = 64, 0.75                    # a glyph of height 1, centred, on 64 x 64 pixels that cover [-0.75, 0.75]
+GLYPH = 64                                  # pixels of a glyph; it has height 1 and lies in the middle
+EXTENT = 0.75                               # of the square [-0.75, 0.75]^2 that these pixels cover
 
 
 @functools.cache
-def glyphs():
-    """Every digit of every face, from its outline: (len(FACES), 10, GLYPH, GLYPH) float64 in [0, 1]."""
-    import matplotlib
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Path2D
-    from matplotlib.textpath import TextPath
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    axis = ((np.arange(2 * GLYPH) + 0.5) / GLYPH - 1) * EXTENT                  # 2 x 2 points per pixel
+def glyph(face, digit):
+    """One digit of FACES[face], from its outline: (GLYPH, GLYPH) float64, the covered part of each pixel."""
+    from matplotlib import font_manager, get_data_path, textpath
+    from matplotlib.path import Path as Outline
+    font = font_manager.FontProperties(fname=f"{get_data_path()}/fonts/ttf/{FACES[face]}.ttf")
+    path = textpath.TextPath((0, 0), str(digit), size=100, prop=font)
+    path = Outline(np.round(path.vertices * 16) / 16, path.codes)      # FreeType's versions differ by 1/64
+    box = path.get_extents()
+    axis = ((np.arange(2 * GLYPH) + 0.5) / GLYPH - 1) * EXTENT         # 2 x 2 points in each pixel
     points = np.stack(np.meshgrid(axis, -axis), -1).reshape(-1, 2)
-    out = np.empty((len(FACES), 10, GLYPH, GLYPH))
-    for f, face in enumerate(FACES):
-        for digit in range(10):
-            path = TextPath((0, 0), str(digit), size=100, prop=FontProperties(fname=str(fonts / f"{face}.ttf")))
-            path = Path2D(np.round(path.vertices * 16) / 16, path.codes)       # FreeType's versions differ by 1/64
-            box = path.get_extents()
-            at = points * box.height + (box.min + box.max) / 2
-            inside = np.logical_xor.reduce([Path2D(p).contains_points(at) for p in path.to_polygons()])   # holes: xor
-            out[f, digit] = inside.reshape(GLYPH, 2, GLYPH, 2).mean((1, 3))
-    return out
+    points = points * box.height + (box.min + box.max) / 2
+    inside = [Outline(polygon).contains_points(points) for polygon in path.to_polygons()]
+    covered = np.logical_xor.reduce(inside)                            # a polygon in another one is a hole
+    return covered.reshape(GLYPH, 2, GLYPH, 2).mean((1, 3))
+
+
+def render(face, digit, height, angle, slant, shift):
+    """A digit, so many pixels high, slanted, turned and shifted: (SIZE, SIZE) in [0, 1]."""
+    # Where does each point of the image lie in the glyph? Undo shift, rotation, slant and size.
+    axis = (np.arange(2 * SIZE) + 0.5) / 2 - SIZE / 2                  # 2 x 2 points in each pixel
+    x = axis - shift[0]
+    y = axis[:, None] - shift[1]
+    cos = np.round(np.cos(angle), 9)                                   # rounded: math libraries differ
+    sin = np.round(np.sin(angle), 9)
+    down = y * cos - x * sin                                           # (2 SIZE, 2 SIZE)
+    across = x * cos + y * sin + slant * down
+    zoom = GLYPH / (2 * EXTENT) / height
+    place = np.stack([down, across]) * zoom + GLYPH / 2 - 0.5
+    place = np.clip(place, 0, GLYPH - 1)
+    corner = np.minimum(place.astype(int), GLYPH - 2)
+    i, j = corner
+    a, b = place - corner
+    mask = glyph(face, digit)
+    upper = (1 - b) * mask[i, j] + b * mask[i, j + 1]                  # bilinear interpolation
+    lower = (1 - b) * mask[i + 1, j] + b * mask[i + 1, j + 1]
+    ink = (1 - a) * upper + a * lower
+    return ink.reshape(SIZE, 2, SIZE, 2).mean((1, 3))
 
 
 def draw(n, seed):
-    """n digits with seed -> images (n, 1, 16, 16) uint8, labels (n,) int64."""
-    random = np.random.RandomState(seed)                                       # its stream is frozen for ever
-    labels, faces = random.randint(0, 10, n), random.randint(0, len(FACES), n)
-    height = random.uniform(9, 13, n)                                          # pixels
-    angle, slant = random.uniform(-0.25, 0.25, n), random.uniform(-0.3, 0.3, n)
+    """n random digits -> images (n, 1, SIZE, SIZE) uint8, labels (n,) int64."""
+    random = np.random.RandomState(seed)                               # its stream is frozen for ever
+    labels = random.randint(0, 10, n)
+    faces = random.randint(0, len(FACES), n)
+    height = random.uniform(9, 13, n)
+    angle = random.uniform(-0.25, 0.25, n)
+    slant = random.uniform(-0.3, 0.3, n)
     shift = random.uniform(-1.5, 1.5, (n, 2))
-    masks, images = glyphs(), np.empty((n, SIZE, SIZE))
-    axis = (np.arange(2 * SIZE) + 0.5) / 2 - SIZE / 2                          # 2 x 2 points per pixel
-    column = lambda a: a[:, None, None]
-    for part in np.array_split(np.arange(n), math.ceil(n / 1000)):
-        # Where each point of the image lies in the glyph: undo shift, rotation, slant, scale. Rounded: libm's differ.
-        cos, sin = column(np.round(np.cos(angle[part]), 9)), column(np.round(np.sin(angle[part]), 9))
-        x, y = (axis - shift[part, :1])[:, None, :], (axis - shift[part, 1:])[:, :, None]
-        zoom, down = column(GLYPH / (2 * EXTENT) / height[part]), y * cos - x * sin
-        across = x * cos + y * sin + column(slant[part]) * down
-        across, down = (np.clip(z * zoom + GLYPH / 2 - 0.5, 0, GLYPH - 1) for z in (across, down))
-        i, j = (np.minimum(z.astype(int), GLYPH - 2) for z in (down, across))
-        a, b, k = down - i, across - j, column(np.arange(len(part)))
-        mask = masks[faces[part], labels[part]]                                # (part, GLYPH, GLYPH)
-        ink = ((1 - a) * ((1 - b) * mask[k, i, j] + b * mask[k, i, j + 1])     # bilinear interpolation
-               + a * ((1 - b) * mask[k, i + 1, j] + b * mask[k, i + 1, j + 1]))
-        images[part] = ink.reshape(-1, SIZE, 2, SIZE, 2).mean((2, 4))
-    return np.round(images * 255).astype(np.uint8)[:, None], labels.astype(np.int64)
+    images = np.array(list(map(render, faces, labels, height, angle, slant, shift)))
+    return np.round(images * 255).astype(np.uint8)[:, None], labels
 
 
 class ConvNet(nn.Module):
-    """A digit classifier whose last 4 x 4 feature map has the whole image in view: (B, 1, 16, 16) -> logits (B, 10)."""
+    """A digit classifier whose last 4 x 4 features see the whole image: (B, 1, 16, 16) -> logits (B, 10)."""
 
-    def __init__(self, width=64):
+    def __init__(self):
         super().__init__()
-        layers, channels = [], 1
-        for out, stride in ((width // 4, 1), (width // 2, 2), (width, 2), (width, 1), (width, 1)):
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        layers = []
+        channels = 1
+        for out, stride in [(16, 1), (32, 2), (64, 2), (64, 1), (64, 1)]:
+            convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
-        self.body, self.head = nn.Sequential(*layers[:-1]), nn.Linear(width, 10)   # ends before the last ReLU: centred
+        self.body = nn.Sequential(*layers[:-1])                        # without the last ReLU: centred tokens
+        self.head = nn.Linear(channels, 10)
 
     def tokens(self, x):
-        return self.body(x).flatten(2).transpose(1, 2)                         # (B, 16, width)
+        return self.body(x).flatten(2).transpose(1, 2)                 # (B, 16, 64)
 
     def embed(self, x):
-        """What the head and the metrics see: the average over the 4 x 4 positions, (B, width)."""
+        """What the head and the metrics see: the average over the 4 x 4 positions, (B, 64)."""
         return F.relu(self.tokens(x)).mean(1)
 
     def forward(self, x):
         return self.head(self.embed(x))
 
 
-def train_net(x, labels, seed, epochs=5, batch=128):
-    """A ConvNet for x (N, 1, 16, 16) float and labels (N,), in eval mode."""
+def train_net(x, labels, seed):
+    """A ConvNet trained on x (N, 1, 16, 16) float and labels (N,), in eval mode."""
+    labels = torch.from_numpy(labels)
+    batches = len(x) // 128                                            # in each of five epochs
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net, steps = ConvNet(), epochs * (len(x) // batch)
+        net = ConvNet()
         opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x))[:len(x) // batch * batch].view(-1, batch):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=5 * batches)
+        for _ in range(5):
+            for rows in torch.randperm(len(x)).split(128)[:batches]:
                 loss = F.cross_entropy(net(x[rows]), labels[rows], label_smoothing=0.1)
                 opt.zero_grad()
                 loss.backward()
@@ -128,37 +136,46 @@ def load_judge(folder):
     return judge.eval().requires_grad_(False)
 
 
-def make(folder, n=20_000, seed=0):
-    """Write the whole data set into folder; all or nothing."""
-    start, folder = time.time(), Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} is in the way: delete it to make the data set anew")
-    print(f"drawing {n} digits into {folder} ...", flush=True)
+def build(n, seed):
+    """What the folder holds: arrays by their names, the judge, and meta."""
     images, labels = draw(n, seed)
-    bias, scale = float(images.mean()), float(1 / images.std())
-    see = lambda a: (torch.from_numpy(a).float() - bias) * scale
-    encoder = train_net(see(images), torch.from_numpy(labels), seed)
-    features = F.normalize(torch.cat([encoder.tokens(see(a)) for a in np.array_split(images, 20)]), dim=-1)
+    bias = float(images.mean())
+    scale = float(1 / images.std())
+
+    def seen(images):
+        return (torch.from_numpy(images).float() - bias) * scale
+
+    encoder = train_net(seen(images), labels, seed)
+    tokens = [encoder.tokens(part) for part in seen(images).split(1000)]
+    features = F.normalize(torch.cat(tokens), dim=-1)
     feature_scale = features.abs().max().item() / 127
-    other_images, other_labels = draw(n, seed + 1)                             # the judge's own draws
-    judge = train_net(see(other_images), torch.from_numpy(other_labels), seed + 1)
+    features = (features / feature_scale).round().to(torch.int8).numpy()
+    other_images, other_labels = draw(n, seed + 1)
+    judge = train_net(seen(other_images), other_labels, seed + 1)
     test_images, test_labels = draw(2000, seed + 2)
-    accuracy = (judge(see(test_images)).argmax(1).numpy() == test_labels).mean()
+    right = judge(seen(test_images)).argmax(1).numpy() == test_labels
     meta = dict(scale=scale, bias=bias, feature_scale=feature_scale, num_classes=10, vae=None, seed=seed,
-                encoder="font_digits ConvNet, its last 4 x 4 feature map", judge_accuracy=float(accuracy))
+                encoder="font_digits ConvNet, its last 4 x 4 feature map", judge_accuracy=float(right.mean()))
+    return dict(latents=images, labels=labels, features=features), judge, meta
+
+
+def make(folder, n=20_000, seed=0):
+    """Write the data set into a new folder: all of it or, if something goes wrong, nothing."""
+    folder = Path(folder)
+    if folder.exists():
+        raise SystemExit(f"{folder} is in the way: delete it to make the data set anew")
+    print(f"drawing {n} digits into {folder} ...")
+    arrays, judge, meta = build(n, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".font_digits-"))
-    try:
-        np.save(draft / "latents.npy", images)
-        np.save(draft / "labels.npy", labels)
-        np.save(draft / "features.npy", (features / feature_scale).round().to(torch.int8).numpy())
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".font_digits-") as temporary:
+        draft = Path(temporary) / "draft"
+        draft.mkdir()
+        for name, array in arrays.items():
+            np.save(draft / name, array)
         torch.save(judge.state_dict(), draft / "judge.pt")
         (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        draft.chmod(0o755)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"made {folder} in {time.time() - start:.0f} s; the judge reads {accuracy:.1%} of 2000 unseen digits right")
+        draft.replace(folder)
+    print(f"made {folder}; the judge reads {meta['judge_accuracy']:.1%} of 2000 unseen digits right")
 
 
 def ensure(folder=FOLDER):
@@ -169,7 +186,6 @@ def ensure(folder=FOLDER):
 
 
 if __name__ == "__main__":
-    try:
-        make(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
-    except ValueError as error:
-        sys.exit(f"font_digits.py: {error}")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", default=FOLDER, help="a new folder (default: %(default)s)")
+    make(parser.parse_args().folder)
