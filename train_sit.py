@@ -56,6 +56,7 @@ class Config:
     loss: str = "v"                      # where its error is measured
     timesteps: str = "vr_gaussian"       # how t is drawn
     logit_mean: float = 0.0              # location of logit-normal t (the papers' m is minus this)
+    logit_std: float = 1.0               # standard deviation of its logit
     policy: str = "fpo"                  # weights of the samples in the velocity loss
     align_policy: str = "fpo"            # weights of the samples in the alignment loss
     r: float = 0.8                       # FPO: share of the batch that competes for the boost
@@ -70,7 +71,7 @@ class Config:
     lr: float = 2e-3                     # learning rate after warm-up, constant
     warmup: int = 100                    # steps of linear warm-up
     clip: float = 1.0                    # largest gradient norm; 0: any
-    ema: float = 0.999                   # decay of the weight average; in the first steps (1 + step) / (10 + step)
+    ema: float = 0.999                   # decay of the weight average; at first step / (9 + step)
     seed: int = 0                        # seed of everything
     # Hardware
     bf16: bool = FAST_BF16               # autocast to bfloat16
@@ -78,12 +79,12 @@ class Config:
     checkpointing: bool = False          # recompute the blocks in the backward pass: slower, far less memory
 
 
-SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
 MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256),
           "micro": dict(depth=4, width=64, heads=2, encoder_depth=2, patch=4, projector_width=128)}
-for name, size in SIZES.items():
-    for patch in (2, 4, 8):
-        MODELS[f"SiT-{name}/{patch}"] = dict(zip(("depth", "width", "heads", "encoder_depth"), size), patch=patch)
+SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
+for name, (depth, width, heads, encoder_depth) in SIZES.items():
+    arch = dict(depth=depth, width=width, heads=heads, encoder_depth=encoder_depth)
+    MODELS |= {f"SiT-{name}/{patch}": dict(arch, patch=patch) for patch in (2, 4, 8)}
 
 # ----------------------------------------------------------------------------------------------------------
 # What is optimised: mean(c L) + repa_weight mean(a A), with the velocity losses L and the alignment losses A
@@ -97,9 +98,9 @@ POLICIES = {
     "p2": lambda L, t, cfg: fpo.p2_weights(t, fpo.PATHS[cfg.path]),
     "min_snr": lambda L, t, cfg: fpo.min_snr_weights(t, fpo.PATHS[cfg.path]),
 }
-ALIGN_POLICIES = {
+ALIGN_POLICIES = {                           # FPO's at t >= 0.9 alone [FPO Sec. 4.1]
     "uniform": lambda A, t, cfg: torch.ones_like(A),
-    "fpo": lambda A, t, cfg: fpo.fpo_gradient_weights(A, cfg.r, cfg.beta, cfg.tau, t >= 0.9),    # [FPO Sec. 4.1]
+    "fpo": lambda A, t, cfg: fpo.fpo_gradient_weights(A, cfg.r, cfg.beta, cfg.tau, t >= 0.9),
 }
 ALIGN = {                                    # projected tokens z, features (b, T, D) -> (b,)
     "none": lambda z, features, t, **more: torch.zeros_like(t),
@@ -109,7 +110,8 @@ ALIGN = {                                    # projected tokens z, features (b, 
 }
 TIMESTEPS = {                                # u (N,) uniform in [0, 1), the run's density of t -> t (N,)
     "uniform": lambda u, density, cfg: u,
-    "logit_normal": lambda u, density, cfg: fpo.logit_normal_timesteps(u, cfg.logit_mean),
+    "logit_normal": lambda u, density, cfg: fpo.logit_normal_timesteps(u, cfg.logit_mean, cfg.logit_std),
+    "vr_logit_normal": lambda u, density, cfg: fpo.logit_normal_timesteps(u, density["mean"], cfg.logit_std),
     "vr_gaussian": lambda u, density, cfg: fpo.sample_timesteps(u, density["t"], density["pdf"]),
 }
 TIMESTEPS["vr_monte_carlo"] = TIMESTEPS["vr_loss"] = TIMESTEPS["vr_gaussian"]        # see start_density
@@ -133,17 +135,14 @@ def train(cfg, stop):
 
     # Start, or go on with the run in this folder
     if newest:
-        start, density, moments = resume(newest, cfg, model, ema, opt)
+        start, density, moments = resume(newest, device, cfg, model, ema, opt)
     else:
-        start, density, moments = 0, start_density(cfg, data), {}            # moments: of VRPO's rewards
-    density = {name: value.to(device) for name, value in density.items()}
+        start, density, moments = 0, start_density(cfg, data, device), {}        # moments: of VRPO's rewards
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         for block in model.blocks:
             block.compile()
-    net = model
-    if world() > 1:
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    net = model if world() == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     path = fpo.PATHS[cfg.path]
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
@@ -210,7 +209,7 @@ def train(cfg, stop):
 
 
 def position_embedding(width, side):
-    """Fixed 2D sin-cos code (side * side, width), in the official order: the column's half, then the row's."""
+    """Fixed 2D sin-cos code (side * side, width), in the official order: the column's half, the row's half."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     place = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(place, place, indexing="ij")
@@ -243,7 +242,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # (B, heads, T, D / heads)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, heads, T, D / heads)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # where the fused kernel is far slower
             scores = q @ k.mT / q.shape[-1] ** 0.5
             out = scores.softmax(-1).to(v) @ v
@@ -253,7 +253,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero: the identity at initialisation. x (B, T, D), c (B, D) -> (B, T, D)."""
+    """Transformer block with adaLN-Zero, the identity at first: x (B, T, D), c (B, D) -> (B, T, D)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -292,9 +292,9 @@ def mlp(*widths):
 class SiT(nn.Module):
     """Scalable interpolant transformer: x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W).
 
-    feature_dim: width D of the alignment targets; None: no projector. With features=True it returns (velocity,
-    z), z (B, T, D) being the projected tokens of block encoder_depth (None without a projector); with
-    features="only" just z. The projector never runs when nobody asks for it."""
+    feature_dim: width D of the alignment targets; None: no projector. features=True: returns (velocity, z),
+    z (B, T, D) being the projected tokens of block encoder_depth (None without a projector); "only": just z.
+    The projector never runs when nobody asks for it."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
                  encoder_depth=8, feature_dim=None, projector_width=2048):
@@ -374,14 +374,14 @@ class Latents:
             self.latents, self.labels = load("latents"), load("labels")
             self.features = load("features") if features else np.empty((len(self.labels), 0))
         except (OSError, ValueError) as error:
-            raise Refused(f"{folder} is no whole data set (--align none needs no features): {error}") from None
+            raise Refused(f"{folder}: {error} (--align none needs no features)") from None
         self.classes, self.moments = self.meta["num_classes"], self.meta.get("moments", False)
         _, channels, self.size, _ = self.latents.shape
         self.channels = channels // 2 if self.moments else channels
         self.feature_dim = self.features.shape[2] if features else None
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= self.classes:
-            raise Refused(f"{folder}: labels {low} to {high}, but 0 to {self.classes - 1} are accepted (meta.json)")
+            raise Refused(f"{folder}: labels {low} to {high}; 0 to {self.classes - 1} are accepted")
 
     def __len__(self):
         return len(self.labels)
@@ -413,8 +413,8 @@ class Latents:
             raise Refused(f"the model would see a standard deviation of {x.std():.3g}, and 0.5 to 2 "
                           f"is accepted: is the scale in meta.json, {self.meta['scale']}, wrong?")
         std, mean = (a.numpy().round(3) for a in torch.std_mean(x, (0, 2, 3)))
-        return (f"{len(self)} latents {tuple(x.shape[1:])}, {self.classes} classes, features {self.feature_dim}; "
-                f"the model sees channels of mean {mean}, standard deviation {std}")
+        return (f"{len(self)} latents {tuple(x.shape[1:])}, {self.classes} classes, features "
+                f"{self.features.shape[1:]}; the model sees mean {mean}, standard deviation {std}")
 
 
 def seed_of(seed, n):
@@ -458,30 +458,33 @@ def draws(cfg, step, data, device):
 # The density of t of VR-sampling: a curve on a grid, drawn from by fpo.sample_timesteps
 
 
-def start_density(cfg, data):
-    """The density of t that a run starts with: dict of t, pdf (T,), and vr_loss's loss and count in each bin.
+def start_density(cfg, data, device):
+    """The density of t that a run starts with: dict of t, pdf (T,), the mean of the nearest logit-normal, and
+    vr_loss's loss and count in each bin.
 
     vr_gaussian is an eigenvalue problem of the size of the latents, or of their middle 32 x 32."""
-    path, fast = fpo.PATHS[cfg.path], "cuda" if torch.cuda.is_available() else "cpu"
+    path, fast = fpo.PATHS[cfg.path], "cuda" if device.type == "cuda" else "cpu"
     bins = 100 if cfg.timesteps == "vr_loss" else 1000
     t = (torch.arange(bins, device=fast).double() + 0.5) / bins
     t = t.clamp_min(fpo.FIRST_T[cfg.path])
     alpha, sigma, _, _ = path(t)
-    density = dict(t=t, pdf=torch.ones_like(t), loss=torch.zeros_like(t), count=torch.zeros_like(t))
-    if cfg.timesteps == "vr_gaussian":
+    pdf, zero = torch.ones_like(t), torch.zeros_like(t)
+    if cfg.timesteps in ("vr_gaussian", "vr_logit_normal"):
         middle = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
         x = data.some(max(8192, 4096 * data.channels))[:, :, middle, middle].flatten(1)
         V = fpo.gaussian_posterior_variance(x.to(fast), alpha / sigma)
-        density["pdf"] = fpo.vr_density(V, t, path)
+        pdf = fpo.vr_density(V, t, path)
     if cfg.timesteps == "vr_monte_carlo":
-        x, generator = data.some(200, cfg.seed).flatten(1), torch.Generator().manual_seed(cfg.seed)
-        V = fpo.posterior_variance(x, alpha.cpu() / sigma.cpu(), 500, generator)
-        density["pdf"] = fpo.vr_density(V.to(fast), t, path)
-    return {name: value.float() for name, value in density.items()}
+        x, random = data.some(200, cfg.seed).flatten(1), torch.Generator(fast).manual_seed(cfg.seed)
+        V = fpo.posterior_variance(x.to(fast), alpha / sigma, 500, random)
+        pdf = fpo.vr_density(V, t, path)
+    mean, _ = fpo.logit_normal_location(t, pdf, cfg.logit_std)           # [VR Sec. 4.3]
+    density = dict(t=t, pdf=pdf, loss=zero, count=zero, mean=zero[0] + mean)
+    return {name: value.float().to(device) for name, value in density.items()}
 
 
 def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
-    """vr_loss: the pdf follows the mean loss at each t, the network's own estimate of h^2 V [VR Lemma 3.1]."""
+    """vr_loss: the pdf follows the mean loss at each t, the network's estimate of h^2 V [VR Lemma 3.1]."""
     bins = len(density["t"])
     member = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).float()               # (N, bins)
     density["loss"] = loss = decay * density["loss"] + losses @ member
@@ -544,20 +547,20 @@ def save_checkpoint(cfg, step, model, ema, opt, density, moments, meta, keep=2):
         old.unlink()
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, device="cpu"):
     """A checkpoint's content, read without running any code in it. Raises Refused if it is none."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # REPA's files hold one
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=True)
     except FileNotFoundError:
         raise Refused(f"no checkpoint {path}") from None
     except Exception as error:
         raise Refused(f"{path} is no checkpoint that can be read ({type(error).__name__})") from None
 
 
-def resume(path, cfg, model, ema, opt):
-    """Load a checkpoint into model, ema and opt -> step, density, moments. Refused where other flags made it."""
-    saved = read_checkpoint(path)
+def resume(path, device, cfg, model, ema, opt):
+    """Load a checkpoint into model, ema and opt -> step, density, moments. Refused if other flags made it."""
+    saved = read_checkpoint(path, device)
     for name, value in vars(cfg).items():
         was = saved["config"].get(name, getattr(Config, name))
         if was != value and name not in FREE:
@@ -582,20 +585,18 @@ def start_from(path, model, cfg):
 
 
 def load_model(path, ema=True):
-    """(model, config) of our checkpoint, REPA's or an official SiT state dict; the model in eval mode on the CPU.
+    """(model, config) of our checkpoint, REPA's or an official SiT state dict; in eval mode, on the CPU.
 
     config: dict with path, predict, step and the data's meta where known. The model is always in our time and
     sign (as_velocity gives v from a network that outputs x or eps). Raises Refused for any other file."""
-    saved = read_checkpoint(path)
-    config = {"path": "linear", "predict": "v", "meta": None, "step": None}
+    saved, which = read_checkpoint(path), "ema" if ema else "model"
     try:
         if "config" in saved:                                            # ours
-            config.update(saved["config"], meta=saved["meta"], step=saved["step"])
-            state, arch = saved["ema" if ema else "model"], saved["arch"]
+            state, arch = saved[which], saved["arch"]
+            config = {**saved["config"], "meta": saved["meta"], "step": saved["step"]}
         else:                                                            # REPA's, or SiT's bare state dict
-            state = saved["ema" if ema else "model"] if "model" in saved else saved
-            config["step"] = saved.get("steps")
-            state, arch = from_published(state)
+            state, arch = from_published(saved.get(which, saved))
+            config = dict(path="linear", predict="v", meta=None, step=saved.get("steps"))
         model = SiT(**arch)
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
@@ -606,13 +607,13 @@ def load_model(path, ema=True):
 def from_published(state):
     """REPA's or official SiT's state dict -> the state dict and the arguments of our SiT.
 
-    SiT's time and sign run the other way: v(x, t) = -v_SiT(x, 1 - t), with the first half of its 2C outputs. cos
-    and sin of w (1 - t) are a rotation of cos and sin of w t, so time is reversed inside mlp.0, exactly."""
+    SiT's time and sign run the other way: v(x, t) = -v_SiT(x, 1 - t), the first half of its 2C outputs.
+    cos and sin of w (1 - t) are a rotation of cos and sin of w t: time is reversed in mlp.0, exactly."""
     state, last, first = dict(state), "final_layer.linear.", "t_embedder.mlp.0.weight"
     tokens, width = state["pos_embed"].shape[1:]
     C, p = state["x_embedder.proj.weight"].shape[1:3]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    like = next(m for m in MODELS.values() if (m["width"], m["depth"]) == (width, depth))        # for its heads
+    like = next(m for m in MODELS.values() if (m["width"], m["depth"]) == (width, depth))    # its heads
     classes = len(state["y_embedder.embedding_table.weight"]) - 1
     arch = dict(like, size=math.isqrt(tokens) * p, channels=C, patch=p, num_classes=classes)
     if "projectors.0.4.weight" in state:
@@ -634,7 +635,7 @@ LOG = "step,loss,align,grad_norm,moved,ess,lr,images_per_s"                  # R
 
 
 class Log:
-    """out/log.csv, of which the rows up to step start are kept, and the progress bar. Process 0 alone writes."""
+    """out/log.csv, of which the rows up to step start are kept, and the progress bar. Process 0 writes."""
 
     def __init__(self, cfg, start):
         from tqdm import tqdm
@@ -652,7 +653,7 @@ class Log:
         self.bar.update()
 
     def write(self, step, c, lr, moments):
-        """A row: means since the last row, and the last weights c (N,). Raises Refused if one is not finite."""
+        """A row: means since the last row, and of the last weights c (N,). Refused if one is not finite."""
         loss, align, norm = torch.stack(self.window).mean(0).tolist()
         if not math.isfinite(loss + align + norm):
             raise Refused(f"the loss is not finite at step {step} or shortly before; the last checkpoint: "
@@ -670,17 +671,17 @@ class Log:
 
 
 def to_pixels(x, meta):
-    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): gray if C = 1, else a rough look at the latents."""
-    x = x / meta["scale"] + meta["bias"] if x.shape[1] == 1 else 127.5 + 51 * x[:, :3]
+    """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): pixels as they are, latents as a rough look."""
+    x = x / meta["scale"] + meta["bias"] if x.shape[1] <= 3 else 127.5 + 51 * x[:, :3]
     x = x.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def write_grid(pixels, path):
-    """uint8 (B, H, W, 3), B a multiple of 10 -> one PNG of ten columns, enlarged to about 48 pixels an image."""
+def write_grid(pixels, path, columns=10):
+    """uint8 (B, H, W, 3), B a multiple of columns -> one PNG, enlarged to about 48 pixels an image."""
     import matplotlib.image
     H, W = pixels.shape[1:3]
-    sheet = pixels.reshape(-1, 10, H, W, 3).swapaxes(1, 2).reshape(-1, 10 * W, 3)
+    sheet = pixels.reshape(-1, columns, H, W, 3).swapaxes(1, 2).reshape(-1, columns * W, 3)
     zoom = max(1, 48 // H)
     matplotlib.image.imsave(path, sheet.repeat(zoom, 0).repeat(zoom, 1))
 
@@ -715,7 +716,7 @@ def say(message):
 
 
 def start_processes():
-    """The device of this process: alone, or one of torchrun's. An error in one ends it; torchrun ends the rest."""
+    """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all."""
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -754,7 +755,8 @@ class Stop:
 
     def __enter__(self):
         self.signal = torch.zeros(1, dtype=torch.long)
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.remember) for number in numbers}
         return self
 
     def __exit__(self, *error):
@@ -787,7 +789,7 @@ def fail(message):
 
 
 def parse_flags(kind, choices, lowest, highest, argv, description):
-    """An instance of the dataclass kind: a flag for each field, its comment as the help, other comments as headings.
+    """An instance of the dataclass kind: a flag for each field, its comments as help and as headings.
 
     Numbers are finite, at least 0 or as lowest says, and at most as highest says."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
@@ -817,7 +819,7 @@ def check(cfg, data):
     fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
     tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.batch % world():
-        raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of their number, {world()}, is accepted")
+        raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {world()} is accepted")
     if data.feature_dim and data.features.shape[1] != tokens:
         raise Refused(f"the data have features of {data.features.shape[1]} tokens an image, but --model "
                       f"{cfg.model} cuts {data.size} x {data.size} latents into {tokens} patches")
@@ -831,6 +833,8 @@ def main(argv=None):
     try:
         with Stop() as stop:
             train(cfg, stop)
+        end = "stopped; the same command goes on from" if stop.signal else "done:"
+        say(f"{end} {newest_checkpoint(cfg.out)}")
     except Refused as error:
         fail(error)
     finally:

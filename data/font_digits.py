@@ -13,7 +13,9 @@ The same seed draws the same images everywhere; the two networks agree between m
 import argparse
 import functools
 import json
+import os
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +181,12 @@ def make(folder, n=20_000, seed=0):
 
 
 def ensure(folder=FOLDER):
-    """The folder of the data set, made first if it is not there."""
-    if not (Path(folder) / "meta.json").exists():
+    """The folder of the data set, made first if it is not there; of torchrun's processes the first makes it."""
+    ready = Path(folder) / "meta.json"
+    if os.environ.get("RANK", "0") == "0" and not ready.exists():
         make(folder)
+    while not ready.exists():
+        time.sleep(1)
     return Path(folder)
 
 

@@ -3,12 +3,13 @@
     torchrun --nproc_per_node 8 data/imagenet.py --images ILSVRC/train --out LATENTS    # 42 + 252 GB
     python data/imagenet.py --images REPA_OR_FASTDIT_FOLDER --out LATENTS               # repack
 
-A stopped run goes on where it was, with any number of processes, all on one machine. The folder:
+A stopped run goes on where it was, with any number of processes on one machine. The folder:
     latents.npy   (N, 8, size / 8, size / 8) float32   mean and standard deviation of the VAE's posterior
     labels.npy    (N,) int64                           place among the sorted names of the class folders
     features.npy  (N, T, D) int8                       encoder tokens, each token's largest entry being 127
     images.npy    (N, 3, size, size) uint8             with --pixels
     meta.json     scale, bias, moments, num_classes, vae, encoder, size; written last
+    .done-*.npy   which batches are done; of no use afterwards
 [ADM] is Diffusion Models Beat GANs, [REPA] the code behind that paper.
 """
 import argparse
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 import time
 import zlib
@@ -44,7 +46,8 @@ class Config:
 
 def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     """Make the data set, or what is left of it; process rank of world converts chunks rank, rank + world, ...
-    vae, encoder: functions from uint8 images (B, 3, H, H) to latents and tokens; by default cfg's are loaded."""
+
+    vae, encoder: functions from uint8 images (B, 3, H, H) to latents and to tokens; None: those of cfg."""
     out = Path(cfg.out)
     ready = out / "meta.json"
     if ready.exists():
@@ -56,20 +59,24 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     convert = conversion(cfg, meta, source, device, vae, encoder)
     arrays, done = begin(marks, len(source["labels"]), cfg.batch, convert)
     todo = [k for k in range(rank, len(done), world) if not done[k]]
-    for k in tqdm(todo, disable=rank > 0):
-        rows = slice(k * cfg.batch, (k + 1) * cfg.batch)
-        for name, part in convert(rows).items():
-            arrays[name][rows] = part
-            arrays[name].flush()
-        done[k] = 1                           # only now that the rows are on the disk
-        done.flush()
+    rows = [slice(k * cfg.batch, (k + 1) * cfg.batch) for k in todo]
+    with ThreadPoolExecutor(2) as pool:       # one chunk is read while another one is converted
+        for k, part in zip(tqdm(todo, disable=rank > 0), pool.map(convert, rows)):
+            for name, values in part.items():
+                start = k * cfg.batch
+                arrays[name][start:start + len(values)] = values
+                arrays[name].flush()
+            done[k] = 1                       # only now that the rows are on the disk
+            done.flush()
     if done.all():                            # this process is the last one
-        ready.write_text(json.dumps(meta, indent=1) + "\n")
-        print(f"made {out}: {len(arrays['labels'])} images of {meta['num_classes']} classes, {sorted(arrays)}")
+        draft = out / ".meta.json"
+        draft.write_text(json.dumps(meta, indent=1))
+        draft.replace(ready)
+        print(f"made {out}: {len(arrays['labels'])} images of {meta['num_classes']} classes; {[*arrays]}")
 
 
 def conversion(cfg, meta, source, device, vae, encoder):
-    """The function that makes some rows of all arrays: a slice -> dict of (B, ...). meta tells with what."""
+    """The function that makes some rows of all arrays: slice -> dict of (B, ...). Completes meta, too."""
     size = cfg.size
     networks = {}
     if "latents" in source:
@@ -126,8 +133,8 @@ def read_repa(folder):
         raise SystemExit(f"{file} names a file outside the folder")
     source = dict(latents=[file.parent / name for name in names], labels=np.array(labels))
     if (folder / "images").is_dir():
-        pictures = [name.replace("img-mean-std-", "img").replace(".npy", ".png") for name in names]
-        source["images"] = [folder / "images" / name for name in pictures]
+        source["images"] = [folder / "images" / name.replace("img-mean-std-", "img").replace(".npy", ".png")
+                            for name in names]
     return dict(scale=0.18215, bias=0.0, moments=True, num_classes=max(labels) + 1), source
 
 
@@ -148,7 +155,7 @@ def read_images(folder):
     classes, labels = np.unique([path.parent.name for path in files], return_inverse=True)
     empty = folders.difference(classes)
     if empty or not files:
-        raise SystemExit(f"--images {folder} has neither vae-sd/ (REPA), nor imagenet256_features/ (fast-DiT), "
+        raise SystemExit(f"--images {folder} has neither vae-sd/ (REPA), nor imagenet256_features/ (fast-DiT) "
                          f"nor one folder of images per class; without images: {sorted(empty)[:3] or 'all'}")
     source = dict(images=files, labels=labels)
     return dict(scale=0.18215, bias=0.0, moments=True, num_classes=len(classes)), source
@@ -201,7 +208,7 @@ def load_vae(name, device):
         from diffusers import AutoencoderKL
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
     except Exception as error:
-        raise SystemExit(f"VAE {name} cannot be loaded (it needs: pip install diffusers): {error!r}")
+        raise SystemExit(f"VAE {name} cannot be loaded (it needs pip install diffusers): {error!r}")
 
 
 @torch.no_grad()
@@ -246,13 +253,14 @@ def to_int8(tokens):
 
 
 def main(argv=None):
-    description = f"{__doc__}\nThe flags:\n{inspect.getsource(Config)}"
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        options = dict(type=field.type, required=field.default == "")
-        if field.type is bool:
+    helps = dict(re.findall(r"    (\w+): .*  # (.*)", inspect.getsource(Config)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name, help in helps.items():
+        default = getattr(Config, name)
+        options = dict(type=type(default), required=default == "")
+        if default is False:
             options = dict(action="store_true")
-        parser.add_argument(f"--{field.name}", default=field.default, **options)
+        parser.add_argument(f"--{name}", default=default, help=help, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     make(cfg, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device)
