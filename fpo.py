@@ -11,6 +11,9 @@ Sources, as cited below:
     [VR]    VR-Sampling: Accelerating Flow Generative Model Training with Variance Reduction Sampling
             (its t is our 1 - t, its velocity is minus ours)
     [VRPO]  Improving Visual Representation Alignment Generation with GRPO
+    [iREPA] What Matters for Representation Alignment: Global Information or Spatial Structure?
+    [SV]    Stable Velocity
+    [JiT]   Back to Basics: Let Denoising Generative Models Denoise
 Letters: B batch, N samples that share one set of weights, C H W latent, T timesteps (or tokens), D width.
 """
 import math
@@ -88,6 +91,12 @@ def alignment_loss(h, y):
     return -cosine.mean(1)
 
 
+def spatially_normalised(y, gamma=1.0):
+    """(y - gamma mean over tokens) / their standard deviation: (B, T, D) -> (B, T, D) [iREPA]. Needs in_float32."""
+    y = in_float32(y)
+    return (y - gamma * y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-6)
+
+
 def nt_xent_loss(h, y, tau=0.1, first=0):
     """NT-Xent, the other alignment loss of [REPA Table 2]: cross entropy of h against its own y -> (B,).
 
@@ -154,15 +163,20 @@ def fpo_loss(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     return (fpo_weights(losses, r, beta, tau, mask) * losses).mean()
 
 
-def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
+def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None, group=0):
     """Detached c (N,) such that (c * losses).mean() has exactly the gradient of fpo_loss. Sums to N.
 
     J depends on the parameters only through L, so both terms of [FPO Thm. 3.3] are multiples of grad L_i:
         c_i = (1 + beta p_i (1 + (L_i - sum_j p_j L_j) / tau)) / (1 + beta / N)
     This is what training uses: with c from all losses, every process backpropagates just its own slice, and
-    the sum over processes is the gradient of the global objective. Needs fpo_policy, fpo_check."""
+    the sum over processes is the gradient of the global objective. group n > 0: within every n consecutive
+    samples, as code that ranks in each GPU's slice does. Needs fpo_policy, fpo_check."""
     fpo_check(r, beta, tau)
     L = losses.detach()
+    if group > 0:
+        mask = torch.ones_like(L, dtype=torch.bool) if mask is None else mask
+        parts = zip(L.split(group), mask.split(group))
+        return torch.cat([fpo_gradient_weights(part, r, beta, tau, inside) for part, inside in parts])
     p = fpo_policy(L, r, tau, mask)
     N = len(L) if mask is None else mask.sum().clamp_min(1)
     advantage = (L - (p * L).sum()) / tau
@@ -212,6 +226,12 @@ def min_snr_weights(t, path=linear, gamma=5.0):
     alpha, sigma, d_alpha, d_sigma = path(t)
     determinant = alpha * d_sigma - d_alpha * sigma
     w = torch.minimum(alpha ** 2, gamma * sigma ** 2) / determinant ** 2
+    return w * len(w) / w.sum()
+
+
+def early_weights(t, until=0.7, steepness=20.0):
+    """sigmoid(20 (0.7 - t)): align only where the image can be seen [SV], the opposite of FPO's boost at t >= 0.9."""
+    w = torch.sigmoid(steepness * (until - t))
     return w * len(w) / w.sum()
 
 

@@ -62,8 +62,11 @@ class Config:
     r: float = 0.8                       # FPO: share of the batch that competes for the boost
     beta: float = 2.0                    # FPO: size of the boost, which is beta out of batch + beta
     tau: float = 1.0                     # FPO: temperature; not given in the paper
+    group: int = 0                       # FPO: samples that are ranked together; 0: the whole batch
     align: str = "cosine"                # alignment loss; none: no REPA, no projector
+    projector: str = "mlp"               # from the hidden tokens to the encoder's; conv: of iREPA
     repa_weight: float = 0.5             # lambda, the weight of the alignment loss
+    align_until: int = 0                 # steps after which the alignment loss stops; 0: never
     label_dropout: float = 0.1           # share of labels replaced by the null label, for guidance
     # Optimiser
     steps: int = 1400                    # optimiser steps in all
@@ -79,12 +82,14 @@ class Config:
     checkpointing: bool = False          # recompute the blocks in the backward pass: slower, far less memory
 
 
-MODELS = {"tiny": dict(depth=6, width=160, heads=5, encoder_depth=2, patch=4, projector_width=256),
-          "micro": dict(depth=4, width=64, heads=2, encoder_depth=2, patch=4, projector_width=128)}
-SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
-for name, (depth, width, heads, encoder_depth) in SIZES.items():
-    arch = dict(depth=depth, width=width, heads=heads, encoder_depth=encoder_depth)
-    MODELS |= {f"SiT-{name}/{patch}": dict(arch, patch=patch) for patch in (2, 4, 8)}
+ARGUMENTS = "depth width heads encoder_depth projector_width patch".split()
+MODELS = {"tiny": (6, 160, 5, 2, 256, 4), "micro": (4, 64, 2, 2, 128, 4)}
+for patch in (2, 4, 8, 16, 32):
+    MODELS[f"SiT-S/{patch}"] = 12, 384, 6, 4, 2048, patch
+    MODELS[f"SiT-B/{patch}"] = 12, 768, 12, 4, 2048, patch
+    MODELS[f"SiT-L/{patch}"] = 24, 1024, 16, 8, 2048, patch
+    MODELS[f"SiT-XL/{patch}"] = 28, 1152, 16, 8, 2048, patch
+MODELS = {name: dict(zip(ARGUMENTS, values)) for name, values in MODELS.items()}
 
 # ----------------------------------------------------------------------------------------------------------
 # What is optimised: mean(c L) + repa_weight mean(a A), with the velocity losses L and the alignment losses A
@@ -93,18 +98,20 @@ for name, (depth, width, heads, encoder_depth) in SIZES.items():
 
 POLICIES = {
     "uniform": lambda L, t, cfg: torch.ones_like(L),
-    "fpo": lambda L, t, cfg: fpo.fpo_gradient_weights(L, cfg.r, cfg.beta, cfg.tau),
+    "fpo": lambda L, t, cfg: fpo.fpo_gradient_weights(L, cfg.r, cfg.beta, cfg.tau, group=cfg.group),
     "hard_sample": lambda L, t, cfg: fpo.hard_sample_weights(L, cfg.r, cfg.beta),
     "p2": lambda L, t, cfg: fpo.p2_weights(t, fpo.PATHS[cfg.path]),
     "min_snr": lambda L, t, cfg: fpo.min_snr_weights(t, fpo.PATHS[cfg.path]),
 }
 ALIGN_POLICIES = {                           # FPO's at t >= 0.9 alone [FPO Sec. 4.1]
     "uniform": lambda A, t, cfg: torch.ones_like(A),
-    "fpo": lambda A, t, cfg: fpo.fpo_gradient_weights(A, cfg.r, cfg.beta, cfg.tau, t >= 0.9),
+    "fpo": lambda A, t, cfg: fpo.fpo_gradient_weights(A, cfg.r, cfg.beta, cfg.tau, t >= 0.9, cfg.group),
+    "early": lambda A, t, cfg: fpo.early_weights(t),
 }
 ALIGN = {                                    # projected tokens z, features (b, T, D) -> (b,)
     "none": lambda z, features, t, **more: torch.zeros_like(t),
     "cosine": lambda z, features, **more: fpo.alignment_loss(z, features),
+    "spatial": lambda z, features, **more: fpo.alignment_loss(z, fpo.spatially_normalised(features)),
     "nt_xent": lambda z, features, **more: fpo.nt_xent_loss(z, gather(features), first=rank() * len(z)),
     "vrpo": lambda z, features, **more: vrpo_losses(z, features, **more),
 }
@@ -125,8 +132,8 @@ def train(cfg, stop):
     say(data.describe())
     check(cfg, data)
     torch.manual_seed(cfg.seed)
-    model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim)
-    model = model.to(device)
+    model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
+                projector=cfg.projector).to(device)
     newest = newest_checkpoint(cfg.out)
     if cfg.init and not newest:
         start_from(cfg.init, model, cfg)
@@ -144,7 +151,7 @@ def train(cfg, stop):
             block.compile()
     net = model if world() == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
-    path = fpo.PATHS[cfg.path]
+    path, first_t = fpo.PATHS[cfg.path], fpo.FIRST_T[cfg.path]
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
     b = cfg.batch // world()
     mine = slice(rank() * b, rank() * b + b)                 # this process's part of the global batch
@@ -157,10 +164,12 @@ def train(cfg, stop):
         eps, u, drop, noise = draws(cfg, step, data, device)                                 # (N, ...)
         x, eps = data.seen(latents, noise[mine]), eps[mine]
         y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y)
+        lam = cfg.repa_weight
+        if 0 < cfg.align_until < step:
+            lam = 0
 
         # Losses of our samples
-        t_all = TIMESTEPS[cfg.timesteps](u, density, cfg)    # (N,) [VR Sec. 3.3]
-        t_all = t_all.clamp_min(fpo.FIRST_T[cfg.path])
+        t_all = TIMESTEPS[cfg.timesteps](u, density, cfg).clamp_min(first_t)     # (N,) [VR Sec. 3.3]
         t = t_all[mine]                                      # (b,)
         x_t, v = fpo.interpolate(x, eps, t, path)
         with autocast():
@@ -174,7 +183,7 @@ def train(cfg, stop):
         L_all, A_all = gather(torch.stack([L, A], 1)).T      # (N,), (N,)
         c = POLICIES[cfg.policy](L_all, t_all, cfg)
         a = ALIGN_POLICIES[cfg.align_policy](A_all, t_all, cfg)
-        loss = (c[mine] * L).mean() + cfg.repa_weight * (a[mine] * A).mean()     # [REPA Eq. 9]
+        loss = (c[mine] * L).mean() + lam * (a[mine] * A).mean()                 # [REPA Eq. 9]
 
         # Update
         lr = cfg.lr * min(1, step / max(1, cfg.warmup))
@@ -209,7 +218,7 @@ def train(cfg, stop):
 
 
 def position_embedding(width, side):
-    """Fixed 2D sin-cos code (side * side, width), in the official order: the column's half, the row's half."""
+    """Fixed 2D sin-cos code (side * side, width), in the official order: half for the column, half the row."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     place = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(place, place, indexing="ij")
@@ -218,7 +227,8 @@ def position_embedding(width, side):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """LayerNorm without parameters of its own, in whose place adaLN's shift and scale (B, D) stand."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 def time_frequencies(like):
@@ -257,8 +267,6 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
         self.mlp = nn.Sequential(collections.OrderedDict(
             fc1=nn.Linear(width, 4 * width),
@@ -268,25 +276,40 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
     def __init__(self, width, out):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, 1)))
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        return self.linear(modulate(x, shift, scale))
 
 
 def mlp(*widths):
     """Linear layers of these widths with SiLU between them."""
     layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
     return nn.Sequential(layers[0], *[part for layer in layers[1:] for part in (nn.SiLU(), layer)])
+
+
+class ConvProjector(nn.Conv2d):
+    """A 3 x 3 convolution over the grid of tokens: (B, T, D) -> (B, T, feature_dim) [iREPA]."""
+
+    def __init__(self, width, *hidden):
+        super().__init__(width, hidden[-1], 3, padding=1)
+
+    def forward(self, h):
+        side = math.isqrt(h.shape[1])
+        image = h.transpose(1, 2).unflatten(2, (side, side))
+        return super().forward(image).flatten(2).transpose(1, 2)
+
+
+PROJECTORS = {"mlp": mlp, "conv": ConvProjector}
 
 
 class SiT(nn.Module):
@@ -297,7 +320,7 @@ class SiT(nn.Module):
     The projector never runs when nobody asks for it."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
-                 encoder_depth=8, feature_dim=None, projector_width=2048):
+                 encoder_depth=8, feature_dim=None, projector_width=2048, projector="mlp"):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         vars(self).update(self.arch, checkpointing=False)    # every argument is an attribute, too
@@ -308,7 +331,9 @@ class SiT(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
-        self.projectors = nn.ModuleList([mlp(width, P, P, feature_dim)] if feature_dim else [])
+        self.projectors = nn.ModuleList()
+        if feature_dim:
+            self.projectors.append(PROJECTORS[projector](width, P, P, feature_dim))
         self.initialize()
 
     def initialize(self):
@@ -317,7 +342,7 @@ class SiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         patches, time = self.x_embedder["proj"], self.t_embedder["mlp"]
-        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+        nn.init.xavier_uniform_(patches.weight.flatten(1))   # as a linear layer of the patches
         nn.init.zeros_(patches.bias)
         for layer in (time[0], time[2], self.y_embedder["embedding_table"]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -378,6 +403,7 @@ class Latents:
         self.classes, self.moments = self.meta["num_classes"], self.meta.get("moments", False)
         _, channels, self.size, _ = self.latents.shape
         self.channels = channels // 2 if self.moments else channels
+        self.shape = self.channels, self.size, self.size                 # of what the model sees
         self.feature_dim = self.features.shape[2] if features else None
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= self.classes:
@@ -403,7 +429,7 @@ class Latents:
         """n random images as the model sees them (fewer if there are fewer)."""
         rows = np.random.RandomState(seed).permutation(len(self))[:n]
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(rows), self.channels, self.size, self.size, generator=generator)
+        noise = torch.randn(len(rows), *self.shape, generator=generator)
         return self.seen(torch.from_numpy(self.latents[rows]), noise)
 
     def describe(self):
@@ -448,7 +474,7 @@ def prefetched(read, jobs, ahead=3):
 def draws(cfg, step, data, device):
     """All that is random in a step: eps, noise (N, C, H, W) normal, u, drop (N,) uniform in [0, 1)."""
     random = dict(generator=torch.Generator(device).manual_seed(seed_of(cfg.seed, step - 1)), device=device)
-    shape = cfg.batch, data.channels, data.size, data.size
+    shape = cfg.batch, *data.shape
     eps = torch.randn(shape, **random)
     u, drop = torch.rand(2, cfg.batch, **random)
     return eps, u, drop, torch.randn(shape, **random)
@@ -486,7 +512,8 @@ def start_density(cfg, data, device):
 def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
     """vr_loss: the pdf follows the mean loss at each t, the network's estimate of h^2 V [VR Lemma 3.1]."""
     bins = len(density["t"])
-    member = F.one_hot((t * bins).long().clamp(0, bins - 1), bins).float()               # (N, bins)
+    bin = (t * bins).long().clamp(0, bins - 1)
+    member = (bin[:, None] == torch.arange(bins, device=t.device)).float()               # (N, bins)
     density["loss"] = loss = decay * density["loss"] + losses @ member
     density["count"] = count = decay * density["count"] + member.sum(0)
     curve = torch.where(count > 0, loss / count.clamp_min(1e-9), loss.sum() / count.sum())
@@ -639,14 +666,17 @@ class Log:
 
     def __init__(self, cfg, start):
         from tqdm import tqdm
-        self.cfg, self.path = cfg, Path(cfg.out, "log.csv")
-        self.window, self.since = [], time.time()
+        self.cfg, self.file = cfg, Path(cfg.out, "log.csv")
         self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=rank() > 0)
+        self.restart()
         if rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = self.path.read_text().splitlines()[1:] if start else []
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            rows = self.file.read_text().splitlines()[1:] if start else []
             rows = [row for row in rows if int(row.split(",")[0]) <= start]
-            self.path.write_text("\n".join([LOG, *rows, ""]))
+            self.file.write_text("\n".join([LOG, *rows, ""]))
+
+    def restart(self):
+        self.window, self.since = [], time.time()
 
     def add(self, *values):
         self.window.append(torch.stack(values))
@@ -662,19 +692,19 @@ class Log:
             align = -moments["reward"][0][1]                 # VRPO's own mean is 0: REPA's loss instead
         moved, ess = fpo.weight_moved(c)
         speed = self.cfg.batch * len(self.window) / (time.time() - self.since)
-        values = loss, align, norm, moved, ess / len(c), lr, speed
+        row = loss, align, norm, moved, ess / len(c), lr, speed
         if rank() == 0:
-            with open(self.path, "a") as file:
-                print(step, *(f"{value:.6g}" for value in values), sep=",", file=file)
+            with open(self.file, "a") as file:
+                print(step, *(f"{value:.6g}" for value in row), sep=",", file=file)
         self.bar.set_postfix_str(f"loss {loss:.3f}, align {align:.3f}")
-        self.window, self.since = [], time.time()
+        self.restart()
 
 
 def to_pixels(x, meta):
     """What the model sees (B, C, H, W) -> uint8 (B, H, W, 3): pixels as they are, latents as a rough look."""
     x = x / meta["scale"] + meta["bias"] if x.shape[1] <= 3 else 127.5 + 51 * x[:, :3]
-    x = x.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
-    return x.permute(0, 2, 3, 1).cpu().numpy()
+    x = x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+    return x.expand(-1, -1, -1, 3).cpu().numpy()
 
 
 def write_grid(pixels, path, columns=10):
@@ -778,9 +808,9 @@ class Stop:
 # Flags
 
 CHOICES = dict(model=MODELS, path=fpo.PATHS, predict=TO_VELOCITY, loss=TO_VELOCITY, timesteps=TIMESTEPS,
-               policy=POLICIES, align_policy=ALIGN_POLICIES, align=ALIGN)
-LOWEST = dict.fromkeys("log_every sample_every save_every steps batch".split(), 1) | dict(logit_mean=-100)
-HIGHEST = dict(label_dropout=1, ema=1)
+               policy=POLICIES, align_policy=ALIGN_POLICIES, align=ALIGN, projector=PROJECTORS)
+LOWEST = dict(log_every=1, sample_every=1, save_every=1, steps=1, batch=1, logit_mean=-100, r=1e-9, tau=1e-9)
+HIGHEST = dict(r=1, label_dropout=1, ema=1)
 
 
 def fail(message):
@@ -815,8 +845,7 @@ def parse_flags(kind, choices, lowest, highest, argv, description):
 
 
 def check(cfg, data):
-    """Raise ValueError for flags that fit neither each other nor the data."""
-    fpo.fpo_check(cfg.r, cfg.beta, cfg.tau)
+    """Raise Refused for flags that do not fit the data or the processes."""
     tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.batch % world():
         raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {world()} is accepted")

@@ -1,0 +1,419 @@
+"""What each part of the method does on the digits, and three open questions. README.md has the results.
+
+    python study/ablation.py                # trains what ablation.csv lacks, then draws: 2.5 hours on two cores
+    python study/ablation.py --draw         # the tables and figures from the csv files alone: seconds
+    python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
+
+All runs of a group share their seeds: the order of the data, the noise, u and, except for plain SiT, which
+has no projector, the initialisation. A study that was stopped goes on where it was.
+"""
+import argparse
+import collections
+import csv
+import functools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+import fpo
+import measures
+import sample
+import toy2d
+import train_sit
+from data import font_digits
+
+# ----------------------------------------------------------------------------------------------------------
+# What is run: names and the flags of train_sit.py
+
+NO_FPO = "--policy uniform --align_policy uniform"
+REPA = f"{NO_FPO} --timesteps uniform"
+FPO = "--timesteps uniform"
+VELOCITY = "--timesteps uniform --align_policy uniform"
+MAIN = {
+    "plain SiT": f"{REPA} --align none",
+    "REPA": REPA,
+    "REPA + FPO": FPO,
+    "REPA + VR": NO_FPO,
+    "REPA + FPO + VR": "",
+    # The table's VRPO runs took the stability reward from a quarter of the batch; it is now of all of it.
+    "VRPO + FPO + VR": "--align vrpo --align_policy uniform",
+    "REPA + logit-normal": f"{NO_FPO} --timesteps logit_normal",
+    "REPA + VR (network)": f"{NO_FPO} --timesteps vr_loss",
+}
+BASE = {"REPA": "plain SiT", "VRPO + FPO + VR": "REPA + FPO + VR"}       # all others are compared with REPA
+GRID = {
+    "REPA": REPA,
+    "VRPO": f"{REPA} --align vrpo",
+    "logit-normal, m = 0": f"{NO_FPO} --timesteps logit_normal",
+    "VR, Gaussian": NO_FPO,
+    "VR, Monte Carlo": f"{NO_FPO} --timesteps vr_monte_carlo",
+    "VR, network": f"{NO_FPO} --timesteps vr_loss",
+    "logit-normal, m = 0.25": f"{NO_FPO} --timesteps logit_normal --logit_mean 0.25",
+    "logit-normal, m = 2.25": f"{NO_FPO} --timesteps logit_normal --logit_mean 2.25",
+    "REPA, λ = 2": f"{REPA} --repa_weight 2",
+    "FPO velocity, β = 2": VELOCITY,
+    "FPO alignment, β = 2": f"{FPO} --policy uniform",
+    "FPO both, β = 2": FPO,
+    "FPO both, β = N/8": f"{FPO} --beta 16",
+    "FPO both, β = N/2": f"{FPO} --beta 64",
+    "FPO velocity, β = N/2": f"{VELOCITY} --beta 64",
+    "FPO velocity, β = N/2, minus mean at t": f"{VELOCITY} --beta 64 --policy fpo_centred",
+    "FPO velocity, β = N/2, τ = 0.2": f"{VELOCITY} --beta 64 --tau 0.2",
+    "FPO velocity, β = N/2, τ = 5": f"{VELOCITY} --beta 64 --tau 5",
+    "hard samples, β = N/2": f"{VELOCITY} --beta 64 --policy hard_sample",
+    "P2": f"{VELOCITY} --policy p2",
+}
+BATCH = {
+    "REPA, N = 16": f"{REPA} --batch 16",
+    "FPO, N = 16": f"{FPO} --batch 16",
+    "REPA, N = 64": f"{REPA} --batch 64",
+    "FPO, N = 64": f"{FPO} --batch 64",
+    "REPA, N = 256": f"{REPA} --batch 256",
+    "FPO, N = 256": f"{FPO} --batch 256",
+}
+SMALL = "--model micro --lr 8e-3 --warmup 50 --steps 600 --save_every 600 --sample_every 9999"
+STEPS = 350, 700, 1400
+GROUPS = {                                   # flags of all its runs, checkpoints measured, runs
+    "default": ("--sample_every 9999", STEPS, MAIN),
+    "grid": (SMALL, [600], GRID),
+    "batch": (SMALL, [600], BATCH),
+}
+VR = ["VR, Gaussian", "VR, Monte Carlo", "VR, network"]
+SIZES = {                                    # N -> group, run with FPO, run without
+    16: ("batch", "FPO, N = 16", "REPA, N = 16"),
+    64: ("batch", "FPO, N = 64", "REPA, N = 64"),
+    128: ("grid", "FPO both, β = 2", "REPA"),
+    256: ("batch", "FPO, N = 256", "REPA, N = 256"),
+}
+MEASURES = {                                 # title, digits
+    "loss": ("velocity loss ↓", 4),
+    "frechet": ("Fréchet ↓", 2),
+    "accuracy": ("judge, % ↑", 1),
+    "precision": ("precision ↑", 3),
+    "recall": ("recall ↑", 3),
+    "cosine": ("cosine ↑", 3),
+    "cknna": ("CKNNA ↑", 3),
+    "probe": ("probe, % ↑", 1),
+}
+SHARES = {"t_of_loss": "velocity loss", "t_of_align": "alignment loss", "t_of_c": "FPO's weights c"}
+NUMBERS = [*MEASURES, *SHARES, "moved", "grad_norm", "reward_std"]
+IN_PERCENT = ["accuracy", "probe", *SHARES, "moved"]                     # when shown
+TABLE, DENSITIES = HERE / "ablation.csv", HERE / "ablation_density.csv"
+RUNS = ROOT / "runs/ablation"
+
+# ----------------------------------------------------------------------------------------------------------
+# Running and measuring
+
+
+def train(argv):
+    """train_sit.py with one more policy, FPO by losses minus their mean at t, and every checkpoint kept."""
+    centred = lambda L, t, cfg: fpo.fpo_gradient_weights(fpo.centred(L, t), cfg.r, cfg.beta, cfg.tau)
+    train_sit.POLICIES["fpo_centred"] = centred
+    train_sit.save_checkpoint = functools.partial(train_sit.save_checkpoint, keep=9)
+    train_sit.main(argv)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows, mode):
+    with open(path, mode, newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def measured(path, data):
+    """The NUMBERS of one checkpoint, from its weight average."""
+    model, config = train_sit.load_model(path)
+    settings, cpu = sample.Config(steps=10), torch.device("cpu")
+    x, labels, _ = sample.generate(model, config, settings, np.arange(1000), cpu)
+    images = train_sit.to_pixels(x, data.meta)
+    quality = sample.measure(data, ROOT / train_sit.Config.data, images, x, labels)
+    frechet, precision, recall, *_, accuracy = quality.values()
+    hidden = measures.hidden_measures(model, data)
+    t, L, A = measures.data_losses(model, data, 31 * 128)
+    c = torch.cat([fpo.fpo_gradient_weights(part) for part in L.split(128)])
+    shares = [measures.explained(t, y) for y in (L, A, c)]
+    log = [row for row in read(path.parent / "log.csv") if int(row["step"]) <= config["step"]]
+    logged = [np.mean([float(row[name]) for row in log[-5:]]) for name in ("moved", "grad_norm")]
+    moments = train_sit.read_checkpoint(path)["moments"]
+    reward_std = fpo.vrpo_terms(moments["reward"])[2] if moments else np.nan
+    return [L.mean(), frechet, accuracy, precision, recall, *hidden, *shares, *logged, reward_std]
+
+
+def run(group, name, seed, data):
+    """Train, or go on, on one core; the rows of its checkpoints."""
+    common, steps, runs = GROUPS[group]
+    out = RUNS / f"{group}-{list(runs).index(name)}-{seed}"
+    flags = f"--no-bf16 {common} {runs[name]} --seed {seed}".split()
+    command = [sys.executable, __file__, "--train", *flags, "--out", str(out)]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_core, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    rows = []
+    for step in steps:
+        numbers = measured(out / f"step-{step:07d}.pt", data)
+        rows += [[group, name, seed, step, *(f"{number:.6g}" for number in numbers)]]
+    return rows
+
+
+def study(seeds, at_once):
+    """Every run that the table lacks, seed by seed; then the densities of t that the VR runs ended with."""
+    if not TABLE.exists():
+        write(TABLE, [["group", "name", "seed", "step", *NUMBERS]], "w")
+    have = {(row["group"], row["name"], int(row["seed"])) for row in read(TABLE)}
+    groups = [(group, name) for group, (_, _, runs) in GROUPS.items() for name in runs]
+    jobs = [(group, name, seed) for seed in range(seeds) for group, name in groups]
+    todo = [job for job in jobs if job not in have]
+    data = train_sit.Latents(font_digits.ensure(ROOT / train_sit.Config.data), features=True)
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(at_once) as pool:                # after an error no other run begins
+        for k, rows in enumerate(pool.map(lambda job: run(*job, data), todo), 1):
+            write(TABLE, rows, "a")
+            print(f"{k} of {len(todo)}: {rows[-1][:3]}", flush=True)
+    ends = [RUNS / f"grid-{list(GRID).index(name)}-0/step-0000600.pt" for name in VR]
+    if not all(end.exists() for end in ends):
+        return
+    rows = [["name", "t", "pdf"]]
+    for name, end in zip(VR, ends):
+        density = train_sit.read_checkpoint(end)["density"]
+        rows += [[name, f"{t:.4f}", f"{p:.5g}"] for t, p in zip(density["t"], density["pdf"])]
+    write(DENSITIES, rows, "w")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+
+QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}         # Student's t, 97.5 %, for so many seeds
+GAPS = {"loss": "velocity loss, %", "frechet": "Fréchet distance", "accuracy": "judge accuracy, points"}
+
+
+class Table:
+    """What ablation.csv says of a group, run, measure and step (None: the last)."""
+
+    def __init__(self):
+        self.series = collections.defaultdict(dict)          # group, run, step, measure -> {seed: value}
+        for row in read(TABLE):
+            for measure in NUMBERS:
+                series = self.series[row["group"], row["name"], int(row["step"]), measure]
+                series[row["seed"]] = float(row[measure]) * (100 if measure in IN_PERCENT else 1)
+
+    def seeds(self, group, name, measure, step=None):
+        return self.series[group, name, step or GROUPS[group][1][-1], measure]
+
+    def values(self, *which):
+        return np.array(list(self.seeds(*which).values()))
+
+    def gap(self, group, name, base, measure):
+        """Mean and 95 % half width of the paired difference name - base, the loss in % of the base's."""
+        a, b = self.seeds(group, name, measure), self.seeds(group, base, measure)
+        a, b = np.array([(a[seed], b[seed]) for seed in a if seed in b]).T
+        gaps = 100 * (a / b - 1) if measure == "loss" else a - b
+        return gaps.mean(), QUANTILE[len(gaps)] * gaps.std(ddof=1) / len(gaps) ** 0.5
+
+
+def cell(mean, half, digits, sign=""):
+    return "-" if np.isnan(mean) else f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
+
+
+def gap_cells(table, runs, which):
+    digits = {measure: digits for measure, (_, digits) in MEASURES.items()} | {"loss": 2}
+    return [cell(*table.gap(*runs, measure), digits[measure], "+") for measure in which]
+
+
+def print_group(table, group, title, names, against=""):
+    """Means of some runs, and the differences of all but the first from what they are compared with."""
+    head = ["", *(measure for measure, _ in MEASURES.values())]
+    seeds = len(table.values(group, "REPA", "loss"))
+    print(f"\n{title}: mean ± standard deviation over {seeds} seeds")
+    rows = [head]
+    for name in names:
+        values = {measure: table.values(group, name, measure) for measure in MEASURES}
+        rows += [[name, *(cell(v.mean(), v.std(ddof=1), MEASURES[m][1]) for m, v in values.items())]]
+    toy2d.print_table(rows)
+    print(f"\n{title}: paired difference ± 95 % (the loss in %){against}")
+    rows = [head]
+    for name in list(GROUPS[group][2])[1:]:
+        base = BASE.get(name, "REPA")
+        label = name if against else f"{name} vs {base}"
+        rows += [[label, *gap_cells(table, (group, name, base), MEASURES)]]
+    toy2d.print_table(rows)
+
+
+def print_batches(table):
+    print("\nFPO both, β = 2, minus REPA, by batch: paired difference ± 95 %")
+    rows = [["", "moved, %", "β / (N + β), %", *GAPS.values()]]
+    for N, runs in SIZES.items():
+        moved = table.values(*runs[:2], "moved").mean()
+        rows += [[f"N = {N}", f"{moved:.2f}", f"{200 / (N + 2):.2f}", *gap_cells(table, runs, GAPS)]]
+    toy2d.print_table(rows)
+
+
+def print_shares(table):
+    print("\nshare of the variance that t explains (REPA, the default run)")
+    rows = [["", *SHARES.values()]]
+    for step in STEPS:
+        shares = [table.values("default", "REPA", share, step).mean() for share in SHARES]
+        rows += [[f"step {step}", *(f"{round(share)} %" for share in shares)]]
+    toy2d.print_table(rows)
+
+
+def print_theorem_6(table):
+    print("\nVRPO's Theorem 6, the default run: standard deviation of the reward, factor on its gradient, "
+          "gradient norms")
+    rows = [["", "σ_R", "(1 + 0.1 σ_R²)/σ_R", "norm, VRPO", "norm, REPA"]]
+    for step in STEPS:
+        sigma = table.values("default", "VRPO + FPO + VR", "reward_std", step).mean()
+        vrpo = table.values("default", "VRPO + FPO + VR", "grad_norm", step).mean()
+        repa = table.values("default", "REPA + FPO + VR", "grad_norm", step).mean()
+        factor = (1 + 0.1 * sigma ** 2) / sigma
+        rows += [[f"step {step}", f"{sigma:.2f}", f"{factor:.1f}", f"{vrpo:.2f}", f"{repa:.2f}"]]
+    toy2d.print_table(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+matplotlib.rcParams.update({
+    "font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "figure.titlesize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+
+
+def figure(title, *size, **options):
+    """A figure of these inches, its axes."""
+    fig = Figure(size)
+    fig.suptitle(title, weight="bold")
+    return fig, fig.subplots(**options)
+
+
+def log_scale(ax, which, ticks):
+    ax.set(**{f"{which}scale": "log", f"{which}ticks": ticks, f"{which}ticklabels": ticks})
+    ax.minorticks_off()
+
+
+def forest(axes, table, names):
+    """Paired differences from REPA in the grid, a panel for each measure; the better side is shaded."""
+    for ax, (measure, title) in zip(axes, GAPS.items()):
+        mean, half = zip(*(table.gap("grid", name, "REPA", measure) for name in names))
+        ax.errorbar(mean, range(len(names)), xerr=half, fmt="o", ms=3, color="C0", lw=1)
+        low, high = ax.get_xlim()
+        better = (0, max(high, 0)) if measure == "accuracy" else (min(low, 0), 0)
+        ax.axvspan(*better, color="C2", alpha=0.12, lw=0)
+        ax.axvline(0, color="k", lw=0.8)
+        ax.set(yticks=range(len(names)), yticklabels=[], ylim=(len(names) - 0.5, -0.5), title=title)
+    axes[0].set_yticklabels(names)
+
+
+def draw_steps(table):
+    title = "The default run against steps: mean and range over the seeds"
+    fig, axes = figure(title, 10, 4.6, nrows=2, ncols=4)
+    for ax, (measure, (title, _)) in zip(axes.flat, MEASURES.items()):
+        for k, name in enumerate(MAIN):
+            values = np.stack([table.values("default", name, measure, step) for step in STEPS])
+            ax.plot(STEPS, values.mean(1), f"C{k}o-", ms=3, lw=1, label=name)
+            ax.fill_between(STEPS, values.min(1), values.max(1), color=f"C{k}", alpha=0.12, lw=0)
+        log_scale(ax, "x", STEPS)
+        ax.set_title(title)
+        if measure == "frechet":
+            log_scale(ax, "y", (1, 2, 5, 10))
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncol=8, columnspacing=1,
+               handlelength=1.2, fontsize="small")
+    return fig
+
+
+def draw_shares(table):
+    title = "How much of FPO is timestep reweighting?"
+    fig, (left, *right) = figure(title, 10, 3, ncols=4, width_ratios=(1.2, 1, 1, 1))
+    labels = {"t_of_loss": "velocity loss", "t_of_c": "FPO's weights on it", "t_of_align": "alignment loss"}
+    for k, (share, label) in enumerate(labels.items()):
+        values = [table.values("default", "REPA", share, step).mean() for step in STEPS]
+        left.plot(STEPS, values, f"C{k}o-", ms=3, label=label)
+    log_scale(left, "x", STEPS)
+    left.set(ylim=(0, 100), xlabel="step", title="share of the variance that t explains, %")
+    left.legend()
+    forest(right, table, ["FPO velocity, β = 2", "FPO velocity, β = N/2",
+                          "FPO velocity, β = N/2, minus mean at t", "hard samples, β = N/2", "P2"])
+    return fig
+
+
+def draw_batches(table):
+    fig, (left, *right) = figure("FPO at β = 2 and the size of the batch", 10.5, 2.8, ncols=4)
+    sizes = list(SIZES)
+    moved = [table.values(*runs[:2], "moved").mean() for runs in SIZES.values()]
+    left.plot(sizes, [200 / (N + 2) for N in sizes], "k:", label="β / (N + β)")
+    left.plot(sizes, moved, "C0o-", ms=3, label="measured")
+    log_scale(left, "y", (0.2, 0.5, 1, 2, 5, 10))
+    left.set_title("gradient weight moved by FPO, %")
+    left.legend()
+    for ax, (measure, title) in zip(right, GAPS.items()):
+        mean, half = zip(*(table.gap(*runs, measure) for runs in SIZES.values()))
+        ax.errorbar(sizes, mean, half, fmt="C0o", ms=3, lw=1)
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(f"FPO - REPA: {title}")
+    for ax in (left, *right):
+        log_scale(ax, "x", sizes)
+        ax.set_xlabel("batch N")
+    return fig
+
+
+def draw_densities(table):
+    title = "Three estimators of one curve: what they recommend, and what it does (against uniform t)"
+    fig, (left, *right) = figure(title, 10, 2.8, ncols=4, width_ratios=(1.4, 1, 1, 1))
+    for k, name in enumerate(VR):
+        rows = [row for row in read(DENSITIES) if row["name"] == name]
+        t, pdf = (np.array([float(row[column]) for row in rows]) for column in ("t", "pdf"))
+        left.plot(t, pdf, f"C{k}", lw=1, label=name)
+    t = (np.arange(1000) + 0.5) / 1000
+    logit = np.log(t / (1 - t))
+    pdf = np.exp(-logit ** 2 / 2) / ((2 * np.pi) ** 0.5 * t * (1 - t))
+    left.plot(t, pdf, "k:", lw=1, label="logit-normal, m = 0")
+    left.set(xlabel="t", yscale="log", ylim=(0.05, None), title="density of t (VR: a tenth uniform)")
+    left.legend()
+    forest(right, table, [*VR, "logit-normal, m = 0", "logit-normal, m = 0.25"])
+    return fig
+
+
+def draw(folder):
+    """Print every table, and write every figure into a folder."""
+    table = Table()
+    print_group(table, "default", "the default run, 1,400 steps", MAIN)
+    print_group(table, "grid", "the grid, --model micro, 600 steps", ["REPA"], " from REPA")
+    print_batches(table)
+    print_shares(table)
+    print_theorem_6(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"": draw_steps, "_fpo": draw_shares, "_batch": draw_batches, "_vr": draw_densities}
+    for name, draw_figure in figures.items():
+        draw_figure(table).savefig(folder / f"ablation{name}.png", dpi=100)
+
+
+def main():
+    if sys.argv[1:2] == ["--train"]:
+        return train(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="only tables and figures")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
+    parser.add_argument("--seeds", type=int, default=3, choices=QUANTILE, help="how many (default: 3)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: study)")
+    args = parser.parse_args()
+    if not args.draw:
+        study(args.seeds, args.jobs)
+    draw(args.out)
+
+
+if __name__ == "__main__":
+    main()
