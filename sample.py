@@ -212,9 +212,10 @@ def prepare(cfg):
 def begin(folder, settings):
     """Make the folder of the parts. Raise Refused if it holds parts that other settings made."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun = folder / "settings.json"
+    begun, draft = folder / "settings.json", folder / f"settings-{rank()}.tmp"
     if not begun.exists():
-        begun.write_text(json.dumps(settings))
+        draft.write_text(json.dumps(settings))
+        draft.replace(begun)
     for name, was in json.loads(begun.read_text()).items():
         if was != settings[name]:
             raise Refused(f"{folder} was begun with {name} {was}, not {settings[name]}: finish or delete it")
@@ -236,6 +237,8 @@ def sample(cfg):
 
     folder = out / "parts"
     begin(folder, settings)
+    if dist.is_initialized():
+        dist.barrier()                       # nobody joins the parts before all have begun
     files = [folder / f"{k:06d}.npz" for k in range(math.ceil(cfg.count / cfg.batch))]
     draw_parts(model.to(device), config, cfg, meta, vae, device, files)
     if rank() > 0:

@@ -147,9 +147,10 @@ def train(cfg, stop):
         start, density, moments = 0, start_density(cfg, data, device), {}        # moments: of VRPO's rewards
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False            # or it cuts the blocks at DDP's gradient buckets
         for block in model.blocks:
             block.compile()
-    net = model if world() == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    net = model if world() == 1 else nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     path, first_t = fpo.PATHS[cfg.path], fpo.FIRST_T[cfg.path]
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
@@ -405,9 +406,11 @@ class Latents:
         self.channels = channels // 2 if self.moments else channels
         self.shape = self.channels, self.size, self.size                 # of what the model sees
         self.feature_dim = self.features.shape[2] if features else None
+        rows = {len(self.latents), len(self.labels), len(self.features)}
         low, high = self.labels.min(), self.labels.max()
-        if low < 0 or high >= self.classes:
-            raise Refused(f"{folder}: labels {low} to {high}; 0 to {self.classes - 1} are accepted")
+        if len(rows) > 1 or low < 0 or high >= self.classes:
+            raise Refused(f"{folder}: arrays of {rows} rows, labels {low} to {high}; one number of rows and "
+                          f"labels 0 to {self.classes - 1} are accepted")
 
     def __len__(self):
         return len(self.labels)
@@ -588,6 +591,8 @@ def read_checkpoint(path, device="cpu"):
 def resume(path, device, cfg, model, ema, opt):
     """Load a checkpoint into model, ema and opt -> step, density, moments. Refused if other flags made it."""
     saved = read_checkpoint(path, device)
+    if "density" not in saved:
+        raise Refused(f"{path} was not written by this train_sit.py: choose another --out")
     for name, value in vars(cfg).items():
         was = saved["config"].get(name, getattr(Config, name))
         if was != value and name not in FREE:
@@ -847,6 +852,8 @@ def parse_flags(kind, choices, lowest, highest, argv, description):
 def check(cfg, data):
     """Raise Refused for flags that do not fit the data or the processes."""
     tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
+    if cfg.align == "vrpo" and cfg.align_policy != "uniform":
+        raise Refused("--align vrpo has weights of its own: add --align_policy uniform")
     if cfg.batch % world():
         raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {world()} is accepted")
     if data.feature_dim and data.features.shape[1] != tokens:

@@ -59,20 +59,29 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     convert = conversion(cfg, meta, source, device, vae, encoder)
     arrays, done = begin(marks, len(source["labels"]), cfg.batch, convert)
     todo = [k for k in range(rank, len(done), world) if not done[k]]
-    rows = [slice(k * cfg.batch, (k + 1) * cfg.batch) for k in todo]
-    with ThreadPoolExecutor(2) as pool:       # one chunk is read while another one is converted
-        for k, part in zip(tqdm(todo, disable=rank > 0), pool.map(convert, rows)):
-            for name, values in part.items():
-                start = k * cfg.batch
-                arrays[name][start:start + len(values)] = values
-                arrays[name].flush()
-            done[k] = 1                       # only now that the rows are on the disk
-            done.flush()
+    files = [slice(k * cfg.batch, (k + 1) * cfg.batch) for k in todo]
+    for k, rows, part in zip(tqdm(todo, disable=rank > 0), files, ahead(convert, files)):
+        for name, values in part.items():
+            arrays[name][rows] = values
+            arrays[name].flush()
+        done[k] = 1                           # only now that the rows are on the disk
+        done.flush()
     if done.all():                            # this process is the last one
         draft = out / ".meta.json"
         draft.write_text(json.dumps(meta, indent=1))
         draft.replace(ready)
         print(f"made {out}: {len(arrays['labels'])} images of {meta['num_classes']} classes; {[*arrays]}")
+
+
+def ahead(function, jobs):
+    """function(job) for every job; a thread works on the next one while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        following = [pool.submit(function, job) for job in jobs[:1]]
+        for job in [*jobs[1:], None]:
+            result = following.pop().result()
+            if job is not None:
+                following.append(pool.submit(function, job))
+            yield result
 
 
 def conversion(cfg, meta, source, device, vae, encoder):

@@ -120,7 +120,7 @@ def train(argv):
     centred = lambda L, t, cfg: fpo.fpo_gradient_weights(fpo.centred(L, t), cfg.r, cfg.beta, cfg.tau)
     train_sit.POLICIES["fpo_centred"] = centred
     train_sit.save_checkpoint = functools.partial(train_sit.save_checkpoint, keep=9)
-    train_sit.main(argv)
+    train_sit.main([*"--batch 128 --lr 2e-3 --steps 1400 --timesteps vr_gaussian".split(), *argv])   # of old
 
 
 def read(path):
