@@ -92,7 +92,7 @@ def alignment_loss(h, y):
 
 
 def spatially_normalised(y, gamma=1.0):
-    """(y - gamma mean over tokens) / their standard deviation: (B, T, D) -> (B, T, D) [iREPA]. Needs in_float32."""
+    """(y - gamma mean) / standard deviation, both over tokens: (B, T, D) -> same [iREPA]. Needs in_float32."""
     y = in_float32(y)
     return (y - gamma * y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-6)
 
@@ -230,7 +230,7 @@ def min_snr_weights(t, path=linear, gamma=5.0):
 
 
 def early_weights(t, until=0.7, steepness=20.0):
-    """sigmoid(20 (0.7 - t)): align only where the image can be seen [SV], the opposite of FPO's boost at t >= 0.9."""
+    """sigmoid(20 (0.7 - t)): align where the image can still be seen [SV], unlike FPO's boost at t >= 0.9."""
     w = torch.sigmoid(steepness * (until - t))
     return w * len(w) / w.sum()
 
@@ -344,8 +344,7 @@ def logit_normal_location(t, pdf, s=1.0, grid=0.25):
 # ----------------------------------------------------------------------------------------------------------
 # Conversions. (x_t, v) is an invertible linear map of (x, eps), with determinant alpha sigma' - alpha'
 # sigma > 0: 1 for linear, pi/2 for cosine. Nothing below divides by alpha or sigma unless the quantity
-# itself does: x does not determine v at t = 0, nor does eps at t = 1. All of them take and give (B, ...), with t
-# (B,).
+# itself does: x does not determine v at t = 0, nor does eps at t = 1. All take and give (B, ...), with t (B,).
 
 
 def x_from_velocity(v, x_t, t, path=linear):
@@ -385,9 +384,10 @@ def velocity_from_eps(eps_hat, x_t, t, path=linear, floor=1e-3):
 
 
 def loss_scale(t, predicted, measured, path=linear, floor=0.05):
-    """What carries a squared error in one of v, x, eps over to another: t (B,) -> (B,), alpha and sigma >= floor.
+    """The factor that carries a squared error in one of v, x, eps over to another [JiT]: t (B,) -> (B,).
 
-    With delta = alpha sigma' - alpha' sigma the errors are e_v = -(delta / sigma) e_x = (delta / alpha) e_eps."""
+    e_v = -(delta / sigma) e_x = (delta / alpha) e_eps, with delta = alpha sigma' - alpha' sigma. alpha and
+    sigma are taken as at least floor: on the linear path x's error in v is |x_hat - x|^2 / max(t, 0.05)^2."""
     alpha, sigma, d_alpha, d_sigma = path(t)
     determinant = alpha * d_sigma - d_alpha * sigma
     in_v = {"v": torch.ones_like(t),

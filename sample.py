@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import fpo
 import train_sit
-from train_sit import Latents, Refused, rank, world
+from train_sit import RANK, WORLD, Latents, Refused
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def generate(model, config, cfg, rows, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
     if not x.isfinite().all():
-        raise Refused(f"images {rows[0]} to {rows[-1]} are not finite: is the checkpoint or --guidance wrong?")
+        raise Refused(f"images {rows[0]} to {rows[-1]} are not finite: is the checkpoint, or --guidance, bad?")
     return x.float(), labels.numpy(), v.nfe
 
 
@@ -102,8 +102,8 @@ def decoded(x, meta, vae):
 def draw_parts(model, config, cfg, meta, vae, device, files):
     """Draw those of part 0, 1, ... that are this process's and not there yet, each whole or not at all."""
     from tqdm import tqdm
-    ours = range(rank(), len(files), world())
-    for k in tqdm(ours, unit="part", disable=rank() > 0):
+    ours = range(RANK, len(files), WORLD)
+    for k in tqdm(ours, unit="part", disable=RANK > 0):
         if files[k].exists():
             continue
         end = min(cfg.count, (k + 1) * cfg.batch)
@@ -205,14 +205,14 @@ def prepare(cfg):
         raise Refused(f"--metrics needs --count 10 or more, not {cfg.count}")
     data = Latents(cfg.data)
     if (data.channels, data.size) != (model.channels, size):
-        raise Refused(f"{cfg.data} has latents of {data.size} x {data.size}, the checkpoint of {size} x {size}")
+        raise Refused(f"{cfg.data} has {data.size} x {data.size} latents, the checkpoint {size} x {size}")
     return path, model, config, data
 
 
 def begin(folder, settings):
     """Make the folder of the parts. Raise Refused if it holds parts that other settings made."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun, draft = folder / "settings.json", folder / f"settings-{rank()}.tmp"
+    begun, draft = folder / "settings.json", folder / f"settings-{RANK}.tmp"
     if not begun.exists():
         draft.write_text(json.dumps(settings))
         draft.replace(begun)
@@ -237,11 +237,11 @@ def sample(cfg):
 
     folder = out / "parts"
     begin(folder, settings)
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.barrier()                       # nobody joins the parts before all have begun
     files = [folder / f"{k:06d}.npz" for k in range(math.ceil(cfg.count / cfg.batch))]
     draw_parts(model.to(device), config, cfg, meta, vae, device, files)
-    if rank() > 0:
+    if RANK > 0:
         return
     images, x, labels, settings["nfe"] = join_parts(files, cfg.count)
     with open(out / "samples.tmp", "wb") as draft:

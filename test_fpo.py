@@ -1107,7 +1107,8 @@ def test_bad_flags_are_refused_in_one_line(folder, tmp_path, says, flag):
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sit, "world", lambda: 2)
+    monkeypatch.setattr(train_sit, "WORLD", 2)
+    monkeypatch.setattr(train_sit.dist, "init_process_group", lambda backend: None)
     assert "a multiple of" in run(training(folder, tmp_path, batch=7))
 
 
@@ -1132,6 +1133,15 @@ def test_the_alignment_loss_stops_after_align_until(folder, tmp_path):
     until, weight_0, all_ = (log_of(tmp_path / name)[:, 3] for name in ("until", "weight_0", "all"))     # gradient norms
     np.testing.assert_array_equal(until[:2], all_[:2])
     assert until[2] != all_[2] and abs(until[5] / weight_0[5] - 1) < abs(all_[5] / weight_0[5] - 1)
+
+
+def test_a_bottleneck_in_the_patch_embedding_limits_its_rank_and_needs_no_other_change(folder, tmp_path):
+    model = awake(train_sit.SiT(**MICRO, bottleneck=3))
+    x = torch.randn(40, 1, 4, 4, generator=seeded(37))
+    embed = lambda x: model.x_embedder["widen"](model.x_embedder["proj"](x)).flatten(1)
+    assert torch.linalg.matrix_rank(embed(x) - embed(0 * x[:1]), atol=1e-4) == 3
+    assert run(training(folder, tmp_path, bottleneck=3)) is None
+    assert run(sampling(tmp_path, tmp_path / "s"), sample) is None
 
 
 def test_the_convolution_as_projector_sees_the_neighbours_of_a_token_and_no_others():
@@ -1679,21 +1689,27 @@ def test_the_crop_halves_by_box_and_only_while_the_short_side_is_twice_the_size(
 
 def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub):
     images, out = draw_images(tmp_path / "images"), tmp_path / "out"
-    imagenet.make(settings(images, out, pixels=True))
+    imagenet.make(settings(images, out))
     assert hub == ["stabilityai/sd-vae-ft-ema", "facebookresearch/dinov2 dinov2_vitb14"]
     arrays, data = content(out), train_sit.Latents(out, features=True)
     files = [file for name in ("n01", "n02", "n10") for file in sorted((images / name).glob("[0-9]*"))]
     crops = [imagenet.centre_crop(Image.open(file).convert("RGB"), 32) for file in files]
     pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2)
-    assert arrays["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and (arrays["images"] == pixels.numpy()).all()
+    assert arrays["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     mean, log_std = tiny_vae()(pixels / 127.5 - 1).chunk(2, 1)
     np.testing.assert_allclose(arrays["latents"], torch.cat([mean, log_std.exp()], 1), atol=1e-5)
     tokens = imagenet.load_encoder("dinov2_vitb14", 32, "cpu")(pixels)
     assert fpo.alignment_loss(tokens, torch.from_numpy(arrays["features"])).max() < -0.999
-    assert {array.dtype.name for array in arrays.values()} == {"int64", "uint8", "float32", "int8"}
+    assert {array.dtype.name for array in arrays.values()} == {"int64", "float32", "int8"}
     assert (data.channels, data.size, data.feature_dim, data.moments, data.classes) == (4, 4, 6, True, 3)
     expected = dict(scale=0.18215, bias=0, size=32, vae=hub[0], encoder="dinov2_vitb14")
     assert expected.items() <= data.meta.items()
+    imagenet.make(settings(images, tmp_path / "pixels", pixels=True))
+    data = train_sit.Latents(tmp_path / "pixels", features=True)
+    assert data.latents.dtype == np.uint8 and (data.latents == pixels.numpy()).all() and len(hub) == 4    # no VAE
+    seen = data.seen(torch.from_numpy(data.latents[:]), None)
+    torch.testing.assert_close(seen, pixels / 127.5 - 1)
+    assert (train_sit.to_pixels(seen, data.meta) == pixels.permute(0, 2, 3, 1).numpy()).all()             # true colours
 
 
 def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, hub):
@@ -1725,13 +1741,15 @@ def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, hub):
 @pytest.mark.parametrize("encoder", ["dinov2_vitb14", "none"])
 def test_repa_folders_are_repacked_exactly(tmp_path, hub, encoder):
     source, out = repa_folder(tmp_path / "source"), tmp_path / "out"
-    imagenet.make(settings(source, out, batch=3, encoder=encoder, pixels=True))
-    assert hub == ["facebookresearch/dinov2 dinov2_vitb14"] * (encoder != "none")            # never a VAE
+    imagenet.make(settings(source, out, batch=3, encoder=encoder))
+    assert hub == ["facebookresearch/dinov2 dinov2_vitb14"] * (encoder != "none")                         # never a VAE
     data, arrays = train_sit.Latents(out, features=encoder != "none"), content(out)
     order = [int(name[-12:-4]) for name, _ in json.loads((source / "vae-sd/dataset.json").read_text())["labels"]]
-    for i, latents, image, label in zip(order, arrays["latents"], arrays["images"], arrays["labels"], strict=True):
-        assert (latents == np.load(source / f"vae-sd/0000{i % 2}/img-mean-std-{i:08d}.npy")).all()
-        assert (image[:, 3, 5] == [i, 20 * i, 9]).all() and label == i % 5
+    for i, latents, label in zip(order, arrays["latents"], arrays["labels"], strict=True):
+        assert (latents == np.load(source / f"vae-sd/0000{i % 2}/img-mean-std-{i:08d}.npy")).all() and label == i % 5
+    imagenet.make(settings(source, tmp_path / "pixels", encoder=encoder, pixels=True))
+    images = content(tmp_path / "pixels")["latents"]
+    assert (images[:, :, 3, 5] == [[i, 20 * i, 9] for i in order]).all()
     assert (data.moments, data.classes, data.meta["scale"], data.meta["vae"]) == (True, 5, 0.18215, None)
 
 

@@ -36,6 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fpo
 
+# This process among torchrun's, or alone.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # Matrix products in bf16 are fast on every GPU, and on the CPUs that have an instruction for them.
 FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
@@ -51,10 +53,11 @@ class Config:
     save_every: int = 350                # steps between checkpoints; the newest two are kept
     # What is optimised
     model: str = "tiny"                  # network
+    bottleneck: int = 0                  # width of a bottleneck in the patch embedding; 0: none
     path: str = "linear"                 # interpolant
     predict: str = "v"                   # what the network outputs
     loss: str = "v"                      # where its error is measured
-    timesteps: str = "vr_gaussian"       # how t is drawn
+    timesteps: str = "vr_logit_normal"   # how t is drawn
     logit_mean: float = 0.0              # location of logit-normal t (the papers' m is minus this)
     logit_std: float = 1.0               # standard deviation of its logit
     policy: str = "fpo"                  # weights of the samples in the velocity loss
@@ -70,8 +73,8 @@ class Config:
     label_dropout: float = 0.1           # share of labels replaced by the null label, for guidance
     # Optimiser
     steps: int = 1400                    # optimiser steps in all
-    batch: int = 128                     # images per step over all processes
-    lr: float = 2e-3                     # learning rate after warm-up, constant
+    batch: int = 64                      # images per step over all processes
+    lr: float = 3e-3                     # learning rate after warm-up, constant
     warmup: int = 100                    # steps of linear warm-up
     clip: float = 1.0                    # largest gradient norm; 0: any
     ema: float = 0.999                   # decay of the weight average; at first step / (9 + step)
@@ -112,7 +115,7 @@ ALIGN = {                                    # projected tokens z, features (b, 
     "none": lambda z, features, t, **more: torch.zeros_like(t),
     "cosine": lambda z, features, **more: fpo.alignment_loss(z, features),
     "spatial": lambda z, features, **more: fpo.alignment_loss(z, fpo.spatially_normalised(features)),
-    "nt_xent": lambda z, features, **more: fpo.nt_xent_loss(z, gather(features), first=rank() * len(z)),
+    "nt_xent": lambda z, features, **more: fpo.nt_xent_loss(z, gather(features), first=RANK * len(z)),
     "vrpo": lambda z, features, **more: vrpo_losses(z, features, **more),
 }
 TIMESTEPS = {                                # u (N,) uniform in [0, 1), the run's density of t -> t (N,)
@@ -127,13 +130,13 @@ TIMESTEPS["vr_monte_carlo"] = TIMESTEPS["vr_loss"] = TIMESTEPS["vr_gaussian"]   
 def train(cfg, stop):
     """The whole run. stop: a Stop, which knows whether Ctrl-C or SIGTERM has come."""
     # Data, network, its average, optimiser
-    device = start_processes()               # from here on rank(), world() and gather() know the others
+    device = start_processes()               # from here on gather() knows the other processes
     data = Latents(cfg.data, features=cfg.align != "none")
     say(data.describe())
     check(cfg, data)
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
-                projector=cfg.projector).to(device)
+                projector=cfg.projector, bottleneck=cfg.bottleneck).to(device)
     newest = newest_checkpoint(cfg.out)
     if cfg.init and not newest:
         start_from(cfg.init, model, cfg)
@@ -150,12 +153,12 @@ def train(cfg, stop):
         torch._dynamo.config.optimize_ddp = False            # or it cuts the blocks at DDP's gradient buckets
         for block in model.blocks:
             block.compile()
-    net = model if world() == 1 else nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = model if WORLD == 1 else nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     path, first_t = fpo.PATHS[cfg.path], fpo.FIRST_T[cfg.path]
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
-    b = cfg.batch // world()
-    mine = slice(rank() * b, rank() * b + b)                 # this process's part of the global batch
+    b = cfg.batch // WORLD
+    mine = slice(RANK * b, RANK * b + b)                 # this process's part of the global batch
     rows = (rows_of(k, cfg, len(data))[mine] for k in range(start, cfg.steps))
     log = Log(cfg, start)
 
@@ -205,9 +208,9 @@ def train(cfg, stop):
         if step % cfg.log_every == 0 or save or picture:
             log.write(step, c, lr, moments)                  # ends the run where a loss is not finite
             stopping = stop.anywhere()
-            if rank() == 0 and (save or stopping):
+            if RANK == 0 and (save or stopping):
                 save_checkpoint(cfg, step, model, ema, opt, density, moments, data.meta)
-            if rank() == 0 and picture:
+            if RANK == 0 and picture:
                 write_pictures(ema, cfg, data.meta, step)
             if stopping:
                 break
@@ -321,12 +324,14 @@ class SiT(nn.Module):
     The projector never runs when nobody asks for it."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
-                 encoder_depth=8, feature_dim=None, projector_width=2048, projector="mlp"):
+                 encoder_depth=8, feature_dim=None, projector_width=2048, projector="mlp", bottleneck=0):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         vars(self).update(self.arch, checkpointing=False)    # every argument is an attribute, too
         P, table = projector_width, nn.Embedding(num_classes + 1, width)         # its last row: no class
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, bottleneck or width, patch, patch)})
+        if bottleneck:
+            self.x_embedder["widen"] = nn.Conv2d(bottleneck, width, 1)   # [JiT]
         self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
         self.t_embedder = nn.ModuleDict({"mlp": mlp(256, width, width)})
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
@@ -342,9 +347,10 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patches, time = self.x_embedder["proj"], self.t_embedder["mlp"]
-        nn.init.xavier_uniform_(patches.weight.flatten(1))   # as a linear layer of the patches
-        nn.init.zeros_(patches.bias)
+        for patches in self.x_embedder.values():
+            nn.init.xavier_uniform_(patches.weight.flatten(1))           # as a linear layer of the patches
+            nn.init.zeros_(patches.bias)
+        time = self.t_embedder["mlp"]
         for layer in (time[0], time[2], self.y_embedder["embedding_table"]):
             nn.init.normal_(layer.weight, std=0.02)
         for part in (*self.blocks, self.final_layer):
@@ -353,8 +359,10 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y, features=False):
         B, C, H, W = x.shape
-        p, z = self.patch, None
-        h = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed           # (B, T, D)
+        p, h, z = self.patch, x, None
+        for patches in self.x_embedder.values():
+            h = patches(h)                                   # (B, D, H / p, W / p)
+        h = h.flatten(2).transpose(1, 2) + self.pos_embed    # (B, T, D)
         c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)     # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if self.checkpointing else block(h, c)
@@ -672,9 +680,9 @@ class Log:
     def __init__(self, cfg, start):
         from tqdm import tqdm
         self.cfg, self.file = cfg, Path(cfg.out, "log.csv")
-        self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=rank() > 0)
+        self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=RANK > 0)
         self.restart()
-        if rank() == 0:
+        if RANK == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             rows = self.file.read_text().splitlines()[1:] if start else []
             rows = [row for row in rows if int(row.split(",")[0]) <= start]
@@ -698,7 +706,7 @@ class Log:
         moved, ess = fpo.weight_moved(c)
         speed = self.cfg.batch * len(self.window) / (time.time() - self.since)
         row = loss, align, norm, moved, ess / len(c), lr, speed
-        if rank() == 0:
+        if RANK == 0:
             with open(self.file, "a") as file:
                 print(step, *(f"{value:.6g}" for value in row), sep=",", file=file)
         self.bar.set_postfix_str(f"loss {loss:.3f}, align {align:.3f}")
@@ -737,16 +745,8 @@ def write_pictures(model, cfg, meta, step):
 # Processes and signals
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def say(message):
-    if rank() == 0:
+    if RANK == 0:
         print(message, flush=True)
 
 
@@ -756,7 +756,7 @@ def start_processes():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -764,17 +764,17 @@ def start_processes():
 def gather(x):
     """x (b, ...) of every process -> (N, ...), in the order of the global batch, without gradient."""
     x = x.detach()
-    if world() == 1:
+    if WORLD == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
 def gather_with_grad(x):
     """The same with world times the gradient in our own rows, since DistributedDataParallel averages."""
-    everyone, first = gather(x), rank() * len(x)
-    ours = world() * x - (world() - 1) * x.detach()
+    everyone, first = gather(x), RANK * len(x)
+    ours = WORLD * x - (WORLD - 1) * x.detach()
     return torch.cat([everyone[:first], ours, everyone[first + len(x):]])
 
 
@@ -804,7 +804,7 @@ class Stop:
 
     def anywhere(self):
         """The signal that any process got, or 0."""
-        if dist.is_initialized():
+        if WORLD > 1:
             dist.all_reduce(self.signal, dist.ReduceOp.MAX)  # between the CPUs
         return self.signal.item()
 
@@ -820,7 +820,7 @@ HIGHEST = dict(r=1, label_dropout=1, ema=1)
 
 def fail(message):
     """End the program with one line, said by process 0 alone."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if RANK == 0 else 1)
 
 
 def parse_flags(kind, choices, lowest, highest, argv, description):
@@ -854,8 +854,8 @@ def check(cfg, data):
     tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.align == "vrpo" and cfg.align_policy != "uniform":
         raise Refused("--align vrpo has weights of its own: add --align_policy uniform")
-    if cfg.batch % world():
-        raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {world()} is accepted")
+    if cfg.batch % WORLD:
+        raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {WORLD} is accepted")
     if data.feature_dim and data.features.shape[1] != tokens:
         raise Refused(f"the data have features of {data.features.shape[1]} tokens an image, but --model "
                       f"{cfg.model} cuts {data.size} x {data.size} latents into {tokens} patches")

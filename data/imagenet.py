@@ -4,10 +4,10 @@
     python data/imagenet.py --images REPA_OR_FASTDIT_FOLDER --out LATENTS               # repack
 
 A stopped run goes on where it was, with any number of processes on one machine. The folder:
-    latents.npy   (N, 8, size / 8, size / 8) float32   mean and standard deviation of the VAE's posterior
+    latents.npy   (N, 8, size / 8, size / 8) float32   mean and standard deviation of the VAE's posterior;
+                  with --pixels (N, 3, size, size) uint8
     labels.npy    (N,) int64                           place among the sorted names of the class folders
     features.npy  (N, T, D) int8                       encoder tokens, each token's largest entry being 127
-    images.npy    (N, 3, size, size) uint8             with --pixels
     meta.json     scale, bias, moments, num_classes, vae, encoder, size; written last
     .done-*.npy   which batches are done; of no use afterwards
 [ADM] is Diffusion Models Beat GANs, [REPA] the code behind that paper.
@@ -40,7 +40,7 @@ class Config:
     size: int = 256                           # side of the cropped images, 256 or 512 pixels
     vae: str = "stabilityai/sd-vae-ft-ema"    # autoencoder in diffusers, one whose scale is 0.18215
     encoder: str = "dinov2_vitb14"            # encoder in facebookresearch/dinov2; none: no features
-    pixels: bool = False                      # write the cropped images, too
+    pixels: bool = False                      # the cropped images themselves in place of latents
     batch: int = 32                           # images at a time in each process
 
 
@@ -88,10 +88,17 @@ def conversion(cfg, meta, source, device, vae, encoder):
     """The function that makes some rows of all arrays: slice -> dict of (B, ...). Completes meta, too."""
     size = cfg.size
     networks = {}
+    if cfg.pixels:
+        if "images" not in source:
+            raise SystemExit(f"--pixels: there are no images in {cfg.images}")
+        source.pop("latents", None)
+        meta.update(scale=1 / 127.5, bias=127.5, moments=False)
     if "latents" in source:
         size = 8 * read(source["latents"][:1], size).shape[-1]
     meta.update(size=size, vae=None, encoder=None)
-    if "latents" not in source:
+    if cfg.pixels:
+        networks["latents"] = lambda images: images
+    elif "latents" not in source:
         meta["vae"] = cfg.vae
         networks["latents"] = vae or partial(latents_of, load_vae(cfg.vae, device))
     if "images" in source and cfg.encoder != "none":
@@ -104,8 +111,7 @@ def conversion(cfg, meta, source, device, vae, encoder):
         for name, network in networks.items():
             images = torch.from_numpy(arrays["images"]).to(device)
             arrays[name] = network(images).cpu().numpy()
-        if not cfg.pixels:
-            arrays.pop("images", None)
+        arrays.pop("images", None)
         return arrays
     return convert
 

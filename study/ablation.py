@@ -1,6 +1,6 @@
 """What each part of the method does on the digits, and three open questions. README.md has the results.
 
-    python study/ablation.py                # trains what ablation.csv lacks, then draws: 2.5 hours on two cores
+    python study/ablation.py                # trains what ablation.csv lacks, then draws: 3 hours on two cores
     python study/ablation.py --draw         # the tables and figures from the csv files alone: seconds
     python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
 
@@ -64,6 +64,9 @@ GRID = {
     "FPO velocity, β = 2": VELOCITY,
     "FPO alignment, β = 2": f"{FPO} --policy uniform",
     "FPO both, β = 2": FPO,
+    "FPO both, β = 2, groups of 32": f"{FPO} --group 32",
+    "FPO both, β = 2, groups of 16": f"{FPO} --group 16",
+    "FPO both, β = 2, groups of 8": f"{FPO} --group 8",
     "FPO both, β = N/8": f"{FPO} --beta 16",
     "FPO both, β = N/2": f"{FPO} --beta 64",
     "FPO velocity, β = N/2": f"{VELOCITY} --beta 64",
@@ -81,12 +84,18 @@ BATCH = {
     "REPA, N = 256": f"{REPA} --batch 256",
     "FPO, N = 256": f"{FPO} --batch 256",
 }
+# Which output, and where is its error measured? Pixels in one wide patch, 256 numbers into a width of 64.
+train_sit.MODELS["micro/16"] = dict(train_sit.MODELS["micro"], patch=16)
+PAIRS = {f"{output}, loss in {place}": f"--predict {output} --loss {place}"
+         for output in train_sit.TO_VELOCITY for place in train_sit.TO_VELOCITY}
+WIDE = "--model micro/16 --align none --policy uniform --timesteps logit_normal --steps 2000 --lr 2e-3"
 SMALL = "--model micro --lr 8e-3 --warmup 50 --steps 600 --save_every 600 --sample_every 9999"
 STEPS = 350, 700, 1400
 GROUPS = {                                   # flags of all its runs, checkpoints measured, runs
     "default": ("--sample_every 9999", STEPS, MAIN),
     "grid": (SMALL, [600], GRID),
     "batch": (SMALL, [600], BATCH),
+    "pairs": (f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
 }
 VR = ["VR, Gaussian", "VR, Monte Carlo", "VR, network"]
 SIZES = {                                    # N -> group, run with FPO, run without
@@ -142,7 +151,7 @@ def measured(path, data):
     quality = sample.measure(data, ROOT / train_sit.Config.data, images, x, labels)
     frechet, precision, recall, *_, accuracy = quality.values()
     hidden = measures.hidden_measures(model, data)
-    t, L, A = measures.data_losses(model, data, 31 * 128)
+    t, L, A = measures.data_losses(model, data, 31 * 128, config["predict"])
     c = torch.cat([fpo.fpo_gradient_weights(part) for part in L.split(128)])
     shares = [measures.explained(t, y) for y in (L, A, c)]
     log = [row for row in read(path.parent / "log.csv") if int(row["step"]) <= config["step"]]
@@ -283,6 +292,20 @@ def print_theorem_6(table):
     toy2d.print_table(rows)
 
 
+def print_pairs(table):
+    print("\none wide patch: Fréchet distance ↓, judge accuracy in % ↑, mean ± standard deviation over 3 seeds")
+    rows = [["", *(f"loss in {place}" for place in train_sit.TO_VELOCITY)]]
+    for output in train_sit.TO_VELOCITY:
+        cells = []
+        for place in train_sit.TO_VELOCITY:
+            frechet, accuracy = (table.values("pairs", f"{output}, loss in {place}", measure)
+                                 for measure in ("frechet", "accuracy"))
+            cells += [cell(frechet.mean(), frechet.std(ddof=1), 1) + ", "
+                      + cell(accuracy.mean(), accuracy.std(ddof=1), 1)]
+        rows += [[f"{output} from the network", *cells]]
+    toy2d.print_table(rows)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -395,6 +418,7 @@ def draw(folder):
     print_batches(table)
     print_shares(table)
     print_theorem_6(table)
+    print_pairs(table)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"": draw_steps, "_fpo": draw_shares, "_batch": draw_batches, "_vr": draw_densities}
     for name, draw_figure in figures.items():

@@ -1,4 +1,4 @@
-"""What only the study measures of a trained network (--path linear --predict v), on images of the data."""
+"""What only the study measures of a trained network (--path linear), on images of the data."""
 import math
 
 import numpy as np
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fpo
+import train_sit
 
 
 def noised(data, t):
@@ -22,15 +23,16 @@ def noised(data, t):
 
 
 @torch.no_grad()
-def data_losses(model, data, n):
+def data_losses(model, data, n, predict="v"):
     """t (n,), spread evenly over [0, 1], and the velocity and alignment losses (n,) of n images there.
 
     They compare models however those drew t in training. Without a projector the alignment losses are NaN."""
     t = (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 0.5) / n
     x_t, v, labels, features = noised(data, t)
     out, z = model(x_t, t, labels, features=True)
+    v_hat = train_sit.TO_VELOCITY[predict](out, x_t, t, fpo.linear)
     A = t * math.nan if z is None else fpo.alignment_loss(z, features)
-    return t, fpo.velocity_loss(out, v), A
+    return t, fpo.velocity_loss(v_hat, v), A
 
 
 @torch.no_grad()
