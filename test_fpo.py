@@ -2080,6 +2080,14 @@ def test_every_figure_and_file_that_the_study_s_readme_links_to_is_there():
 # README
 
 
+def test_every_test_that_the_readmes_name_exists():
+    text = "".join((HERE / name).read_text() for name in ("README.md", "study/README.md"))
+    named = re.findall(r"\b(test_[a-z0-9_]{9,})(\.{3})?", text)
+    assert len(named) > 20
+    for name, cut in named:
+        assert any(real.startswith(name) if cut else real == name for real in globals()), f"a README names {name}"
+
+
 def test_the_core_in_readme_is_the_text_of_the_training_loop():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "train_sit.py").read_text().splitlines()
     first, last = map(int, re.search(r"lines (\d+) to (\d+) of \[train_sit", readme).groups())

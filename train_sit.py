@@ -827,20 +827,22 @@ def parse_flags(kind, choices, lowest, highest, argv, description):
     """An instance of the dataclass kind: a flag for each field, its comments as help and as headings.
 
     Numbers are finite, at least 0 or as lowest says, and at most as highest says."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    layout = functools.partial(argparse.RawTextHelpFormatter, max_help_position=26)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=layout)
     parser.error = fail
     lines = re.findall(r"^    (?:# (.*)|(\w+): .*  # (.*))$", inspect.getsource(kind), re.M)
     for heading, name, help in lines:
         if heading:
             group = parser.add_argument_group(heading)
             continue
-        default = getattr(kind, name)
-        options = dict(type=type(default), choices=choices.get(name))
+        default, names = getattr(kind, name), choices.get(name, ())
+        help = "; ".join([f"{help} (default: {default})", *names])
+        options = dict(type=type(default), choices=names or None, metavar="")
         if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)
         if isinstance(default, tuple):
             options = dict(type=float, nargs="*")
-        group.add_argument(f"--{name}", default=default, help=f"{help} (default: {default})", **options)
+        group.add_argument(f"--{name}", default=default, help=help, **options)
     cfg = kind(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
         low, high = lowest.get(name, 0), highest.get(name, 1e9)
