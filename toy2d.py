@@ -542,8 +542,12 @@ def race_figure(steps, results, shares):
     for ax, (name, ratios) in zip(panels, results.items()):
         distances = {method: [z[0] for z in ratio] for method, ratio in ratios.items()}
         dots(ax, distances, f"{name}: distance, ratio to uniform")
+        ax.axvline(1, color="0.5", ls=":")
+        ax.set(xscale="log", xticks=[1, 2, 5, 10], xticklabels=[1, 2, 5, 10])
+        ax.minorticks_off()
     intervals = {method: interval(share[:, 0]) for method, share in shares.items()}
     dots(right, intervals, "share of the 20 %")
+    right.axvline(0.2, color="0.5", ls=":")
     at_2, of_vr = distances["FPO, β = 2"][0], distances["VR"][0]
     rare = shares["FPO, β = N/2"].mean()
     return fig, (

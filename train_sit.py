@@ -500,24 +500,24 @@ def start_density(cfg, data, device):
     vr_loss's loss and count in each bin.
 
     vr_gaussian is an eigenvalue problem of the size of the latents, or of their middle 32 x 32."""
-    path, fast = fpo.PATHS[cfg.path], "cuda" if device.type == "cuda" else "cpu"
+    path = fpo.PATHS[cfg.path]
     bins = 100 if cfg.timesteps == "vr_loss" else 1000
-    t = (torch.arange(bins, device=fast).double() + 0.5) / bins
+    t = (torch.arange(bins, device=device).double() + 0.5) / bins
     t = t.clamp_min(fpo.FIRST_T[cfg.path])
     alpha, sigma, _, _ = path(t)
     pdf, zero = torch.ones_like(t), torch.zeros_like(t)
     if cfg.timesteps in ("vr_gaussian", "vr_logit_normal"):
         middle = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
         x = data.some(max(8192, 4096 * data.channels))[:, :, middle, middle].flatten(1)
-        V = fpo.gaussian_posterior_variance(x.to(fast), alpha / sigma)
+        V = fpo.gaussian_posterior_variance(x.to(device), alpha / sigma)
         pdf = fpo.vr_density(V, t, path)
     if cfg.timesteps == "vr_monte_carlo":
-        x, random = data.some(200, cfg.seed).flatten(1), torch.Generator(fast).manual_seed(cfg.seed)
-        V = fpo.posterior_variance(x.to(fast), alpha / sigma, 500, random)
+        x, random = data.some(200, cfg.seed).flatten(1), torch.Generator(device).manual_seed(cfg.seed)
+        V = fpo.posterior_variance(x.to(device), alpha / sigma, 500, random)
         pdf = fpo.vr_density(V, t, path)
     mean, _ = fpo.logit_normal_location(t, pdf, cfg.logit_std)           # [VR Sec. 4.3]
     density = dict(t=t, pdf=pdf, loss=zero, count=zero, mean=zero[0] + mean)
-    return {name: value.float().to(device) for name, value in density.items()}
+    return {name: value.float() for name, value in density.items()}
 
 
 def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
@@ -590,10 +590,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # REPA's files hold one
             return torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise Refused(f"no checkpoint {path}") from None
     except Exception as error:
-        raise Refused(f"{path} is no checkpoint that can be read ({type(error).__name__})") from None
+        raise Refused(f"no checkpoint that can be read: {path} ({type(error).__name__})") from None
 
 
 def resume(path, device, cfg, model, ema, opt):
@@ -752,7 +750,7 @@ def say(message):
 
 def start_processes():
     """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all."""
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
