@@ -603,7 +603,7 @@ def sampler_figure(table, adaptive, adaptive_distances):
     band(ax, list(adaptive), adaptive_distances, "Dormand-Prince")
     ax.set(xlabel="evaluations of v", xscale="log")
     ax.set(ylabel="sliced Wasserstein distance to the data", yscale="log")
-    ax.legend()
+    fig.legend(loc="outside center right")
     at_16 = {label: distances[:, 2].mean() for label, distances in table.items()}
     return fig, (
         f"At 16 evaluations Heun is {at_16['Heun']:.3f} from the data and Euler {at_16['Euler']:.3f};\n"
