@@ -1707,7 +1707,7 @@ def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub):
     imagenet.make(settings(images, tmp_path / "pixels", pixels=True))
     data = train_sit.Latents(tmp_path / "pixels", features=True)
     assert data.latents.dtype == np.uint8 and (data.latents == pixels.numpy()).all() and len(hub) == 4    # no VAE
-    seen = data.seen(torch.from_numpy(data.latents[:]), None)
+    seen = data.seen(torch.from_numpy(np.array(data.latents)), None)
     torch.testing.assert_close(seen, pixels / 127.5 - 1)
     assert (train_sit.to_pixels(seen, data.meta) == pixels.permute(0, 2, 3, 1).numpy()).all()             # true colours
 

@@ -5,7 +5,7 @@ r"""Train a SiT by flow matching with representation alignment (REPA), FPO and V
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 \
         --batch 256 --steps 400000 --warmup 0 --ema 0.9999 --save_every 10000 --sample_every 10000
 
-The method is fpo.py's. The first 200 lines are the flags, what is optimised, and the training loop; below
+The method is fpo.py's. The first 220 lines are the flags, what is optimised, and the training loop; below
 stands what the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
 Letters: b images of this process, N of all (the global batch), T tokens, D width. Everything random is
 drawn for the global batch, from (seed, step), and every process takes its slice: a run does not depend on
@@ -223,11 +223,10 @@ def train(cfg, stop):
 
 def position_embedding(width, side):
     """Fixed 2D sin-cos code (side * side, width), in the official order: half for the column, half the row."""
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    place = torch.arange(side, dtype=torch.float64)
-    row, column = torch.meshgrid(place, place, indexing="ij")
-    angles = [p.reshape(-1, 1) * omega for p in (column, row)]           # each (T, width / 4)
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+    omega = 10000.0 ** (-torch.arange(width // 4).double() / (width // 4))
+    angle = torch.arange(side).double()[:, None] * omega
+    code = torch.cat([angle.sin(), angle.cos()], 1)                      # (side, width / 2)
+    return torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1).float()
 
 
 def modulate(x, shift, scale):
