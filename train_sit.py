@@ -435,12 +435,14 @@ class Latents:
             x = mean + std * noise
         return (x - self.meta["bias"]) * self.meta["scale"]
 
-    def some(self, n, seed=0):
-        """n random images as the model sees them (fewer if there are fewer)."""
+    def some(self, n, seed=0, side=slice(None)):
+        """n random images, or that part of both their sides, as the model sees them (fewer if there are fewer)."""
         rows = np.random.RandomState(seed).permutation(len(self))[:n]
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(rows), *self.shape, generator=generator)
-        return self.seen(torch.from_numpy(self.latents[rows]), noise)
+        latents, noise = torch.from_numpy(self.latents[rows, :, side, side]), None
+        if self.moments:
+            shape = len(rows), self.channels, *latents.shape[2:]
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return self.seen(latents, noise)
 
     def describe(self):
         """What the model sees, in one line. A wrong scale, the commonest silent mistake, raises Refused."""
@@ -482,12 +484,13 @@ def prefetched(read, jobs, ahead=3):
 
 
 def draws(cfg, step, data, device):
-    """All that is random in a step: eps, noise (N, C, H, W) normal, u, drop (N,) uniform in [0, 1)."""
+    """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for seen."""
     random = dict(generator=torch.Generator(device).manual_seed(seed_of(cfg.seed, step - 1)), device=device)
     shape = cfg.batch, *data.shape
     eps = torch.randn(shape, **random)
     u, drop = torch.rand(2, cfg.batch, **random)
-    return eps, u, drop, torch.randn(shape, **random)
+    noise = torch.randn(shape, **random) if data.moments else eps        # unused without moments
+    return eps, u, drop, noise
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -507,7 +510,7 @@ def start_density(cfg, data, device):
     pdf, zero = torch.ones_like(t), torch.zeros_like(t)
     if cfg.timesteps in ("vr_gaussian", "vr_logit_normal"):
         middle = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
-        x = data.some(max(8192, 4096 * data.channels))[:, :, middle, middle].flatten(1)
+        x = data.some(max(8192, 4096 * data.channels), side=middle).flatten(1)
         V = fpo.gaussian_posterior_variance(x.to(device), alpha / sigma)
         pdf = fpo.vr_density(V, t, path)
     if cfg.timesteps == "vr_monte_carlo":

@@ -59,8 +59,8 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
     convert = conversion(cfg, meta, source, device, vae, encoder)
     arrays, done = begin(marks, len(source["labels"]), cfg.batch, convert)
     todo = [k for k in range(rank, len(done), world) if not done[k]]
-    files = [slice(k * cfg.batch, (k + 1) * cfg.batch) for k in todo]
-    for k, rows, part in zip(tqdm(todo, disable=rank > 0), files, ahead(convert, files)):
+    chunks = [slice(k * cfg.batch, (k + 1) * cfg.batch) for k in todo]
+    for k, rows, part in zip(tqdm(todo, disable=rank > 0), chunks, ahead(convert, chunks)):
         for name, values in part.items():
             arrays[name][rows] = values
             arrays[name].flush()
@@ -75,32 +75,32 @@ def make(cfg, rank=0, world=1, device="cpu", vae=None, encoder=None):
 
 def ahead(function, jobs):
     """function(job) for every job; a thread works on the next one while this one is used."""
+    following = None
     with ThreadPoolExecutor(1) as pool:
-        following = [pool.submit(function, job) for job in jobs[:1]]
-        for job in [*jobs[1:], None]:
-            result = following.pop().result()
-            if job is not None:
-                following.append(pool.submit(function, job))
-            yield result
+        for job in jobs:
+            this, following = following, pool.submit(function, job)
+            if this:
+                yield this.result()
+        if following:
+            yield following.result()
 
 
 def conversion(cfg, meta, source, device, vae, encoder):
     """The function that makes some rows of all arrays: slice -> dict of (B, ...). Completes meta, too."""
-    size = cfg.size
-    networks = {}
+    if cfg.pixels and "images" not in source:
+        raise SystemExit(f"--pixels: there are no images in {cfg.images}")
+    size, networks = cfg.size, {}
+    meta.update(vae=None, encoder=None)
     if cfg.pixels:
-        if "images" not in source:
-            raise SystemExit(f"--pixels: there are no images in {cfg.images}")
         source.pop("latents", None)
-        meta.update(scale=1 / 127.5, bias=127.5, moments=False)
-    if "latents" in source:
-        size = 8 * read(source["latents"][:1], size).shape[-1]
-    meta.update(size=size, vae=None, encoder=None)
-    if cfg.pixels:
         networks["latents"] = lambda images: images
-    elif "latents" not in source:
-        meta["vae"] = cfg.vae
+        meta.update(scale=1 / 127.5, bias=127.5, moments=False)
+    elif "latents" in source:
+        size = 8 * read(source["latents"][:1], size).shape[-1]
+    else:
         networks["latents"] = vae or partial(latents_of, load_vae(cfg.vae, device))
+        meta["vae"] = cfg.vae
+    meta["size"] = size
     if "images" in source and cfg.encoder != "none":
         meta["encoder"] = cfg.encoder
         encoder = encoder or load_encoder(cfg.encoder, size, device)

@@ -293,7 +293,9 @@ def print_theorem_6(table):
 
 
 def print_pairs(table):
-    print("\none wide patch: Fréchet distance ↓, judge accuracy in % ↑, mean ± standard deviation over 3 seeds")
+    seeds = len(table.values("pairs", "v, loss in v", "frechet"))
+    print("\none wide patch: Fréchet distance ↓, judge accuracy in % ↑, "
+          f"mean ± standard deviation over {seeds} seeds")
     rows = [["", *(f"loss in {place}" for place in train_sit.TO_VELOCITY)]]
     for output in train_sit.TO_VELOCITY:
         cells = []
