@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "study"))
 import ablation  # noqa: E402
 import measures  # noqa: E402
+import speed  # noqa: E402
 
 paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
 ENDS = torch.tensor([0.0, 1e-4, 0.03, 0.3, 0.77, 0.999, 1.0], dtype=torch.float64)
@@ -1569,6 +1570,27 @@ def test_fonts_draw_the_same_digits_from_the_same_seed():
     assert images[:, 0, 0].mean() < 5 < images.mean()                # ink in the middle, on black
 
 
+def test_the_digits_class_tokens_are_the_encoders_pooled_embedding_with_a_mean_square_of_2(tmp_path):
+    font_digits.make(tmp_path / "new/digits", n=256, seed=5)
+    arrays, data = content(tmp_path / "new/digits"), train_sit.Latents(tmp_path / "new/digits", features=True)
+    images, labels = font_digits.draw(256, 5)
+    assert (arrays["latents"] == images).all() and (arrays["labels"] == labels).all()
+    seen = data.seen(torch.from_numpy(images), None)
+    encoder = font_digits.train_net(seen, labels, 5)                 # once more
+    pooled, cls = encoder.embed(seen).double(), torch.from_numpy(arrays["cls"]).double()
+    assert arrays["cls"].dtype == np.float16 and cls.shape == (256, 64) and abs(cls.square().mean() - 2) < 0.01
+    scale = (cls * pooled).sum() / pooled.square().sum()
+    torch.testing.assert_close(cls, scale * pooled, rtol=2e-3, atol=1e-3)
+    assert fpo.alignment_loss(encoder.tokens(seen), torch.from_numpy(arrays["features"])).max() < -0.999
+    with pytest.raises(SystemExit, match="is in the way: delete it"):
+        font_digits.make(tmp_path / "new/digits", n=256)
+
+
+def test_a_folder_of_digits_without_class_tokens_is_used_as_it_is(folder, monkeypatch):
+    monkeypatch.setattr(font_digits, "make", lambda *_: pytest.fail("it draws"))
+    assert not (folder / "cls.npy").exists() and font_digits.ensure(folder) == folder
+
+
 def test_help_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(font_digits, "ensure", lambda *_: pytest.fail("it draws"))
     assert run(["--help"]) == run(["--help"], sample) == 0
@@ -2226,3 +2248,44 @@ def test_the_two_lines_for_another_training_loop_run():
     exec(code, dict(fpo=fpo, v_hat=v_hat, v=torch.zeros(8, 3)))
     expected, = torch.autograd.grad(fpo.fpo_loss(v_hat.square().mean(1)), v_hat)
     torch.testing.assert_close(v_hat.grad, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# study/speed.py
+
+
+def numbers_of(argv, monkeypatch, capsys):
+    """What speed.py prints: dict of name -> number. What it changes in train_sit is put back afterwards."""
+    for name in ("save_checkpoint", "write_pictures"):
+        monkeypatch.setattr(train_sit, name, getattr(train_sit, name))
+    speed.main([*map(str, argv)])
+    lines = re.findall(r"^ +(\S+) (.*)$", capsys.readouterr().out, re.M)
+    return {name: float(number) for number, name in lines}
+
+
+def test_speed_prints_what_the_run_does_and_what_the_machine_could_do(folder, monkeypatch, capsys):
+    clock, start = time.time, time.time()
+    found = numbers_of(["--data", folder, "--model=micro", "--batch=8", "--steps=6"], monkeypatch, capsys)
+    assert all(number > 0 for number in found.values()) and len(found) == 7, found
+    names = ["steps/s", "images/s", "GFLOP/s of the model", "% of these", "GiB of memory at most"]
+    steps, images, model, percent, memory = (found[name] for name in names)
+    products = min(number for name, number in found.items() if "matrix products" in name)
+    assert images == pytest.approx(8 * steps, rel=1e-3) and steps > 4 / (clock() - start)
+    assert percent == pytest.approx(100 * model / products, rel=1e-2) and 0.1 < memory < 100
+    T, D, P, F, patch = 4, 64, 128, 8, 16                            # tokens, widths, pixels of a patch
+    block = 24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2
+    ends = 4 * T * D * patch + 2 * (256 * D + D ** 2) + 4 * D ** 2
+    projector = 2 * T * (D * P + P * P + P * F)
+    assert model * 1e9 == pytest.approx(3 * (4 * block + ends + projector) * images, rel=1e-3)
+
+
+def test_speed_of_synthetic_latents_is_that_of_imagenets_shapes(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "calls_a_second", lambda function: len(function()))
+    flags = ["--synthetic=4", "--model=SiT-S/2", "--batch=1", "--steps=2", "--timesteps=uniform"]
+    found = numbers_of(flags, monkeypatch, capsys)
+    T, D, P, F, patch = 256, 384, 2048, 768, 16
+    block = 24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2
+    ends = 4 * T * D * patch + 2 * (256 * D + D ** 2) + 4 * D ** 2
+    projector = 2 * T * (D * P + P * P + P * F)
+    flops = 3 * (12 * block + ends + projector)
+    assert found["GFLOP/s of the model"] * 1e9 == pytest.approx(flops * found["images/s"], rel=1e-3)

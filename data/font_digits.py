@@ -168,7 +168,7 @@ def make(folder, n=20_000, seed=0):
 
 
 def ensure(folder=FOLDER):
-    """The folder of the data set, made first if it is not there; of torchrun's processes the first makes it."""
+    """The folder of the data set, made first if it is missing; of torchrun's processes the first makes it."""
     ready = Path(folder) / "meta.json"
     if os.environ.get("RANK", "0") == "0" and not ready.exists():
         make(folder)

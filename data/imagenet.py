@@ -167,7 +167,7 @@ def read_images(folder):
     folders = {path.name for path in folder.glob("[!.]*") if path.is_dir()}
     empty = sorted(folders.difference(classes))
     if empty or not files:
-        raise SystemExit(f"--images {folder} has neither vae-sd/ (REPA), nor imagenet256_features/ (fast-DiT) "
+        raise SystemExit(f"--images {folder} has neither vae-sd/ (REPA) nor imagenet256_features/ (fast-DiT) "
                          f"nor one folder of images per class; without images: {empty[:3] or 'all'}")
     return dict(labels=labels.tolist(), images=[str(file) for file in files])
 
@@ -181,13 +181,13 @@ def read_row(source, size, k):
         except Exception as error:
             file = Path(items[k])
             if file.exists() or name != "images" or not file.parent.exists():
-                raise SystemExit(f"{file} cannot be read: {error!r}. Replace it; an image may be removed, too")
+                raise SystemExit(f"{file} cannot be read: {error!r}. Replace it; images may be removed, too")
             row.update(labels=LEFT_OUT, images=np.zeros((3, size, size), np.uint8))
     return row
 
 
 def read(item, size):
-    """A number as it is; an array without fast-DiT's leading axis of 1; an image, cropped, (3, size, size)."""
+    """A number as it is; an array without fast-DiT's first axis of 1; an image, cropped, (3, size, size)."""
     if isinstance(item, int):
         return item
     if item.endswith(".npy"):
