@@ -1571,19 +1571,19 @@ def test_fonts_draw_the_same_digits_from_the_same_seed():
 
 
 def test_the_digits_class_tokens_are_the_encoders_pooled_embedding_with_a_mean_square_of_2(tmp_path):
-    font_digits.make(tmp_path / "new/digits", n=256, seed=5)
+    font_digits.make(tmp_path / "new/digits", n=128, seed=5)
     arrays, data = content(tmp_path / "new/digits"), train_sit.Latents(tmp_path / "new/digits", features=True)
-    images, labels = font_digits.draw(256, 5)
+    images, labels = font_digits.draw(128, 5)
     assert (arrays["latents"] == images).all() and (arrays["labels"] == labels).all()
     seen = data.seen(torch.from_numpy(images), None)
     encoder = font_digits.train_net(seen, labels, 5)                 # once more
     pooled, cls = encoder.embed(seen).double(), torch.from_numpy(arrays["cls"]).double()
-    assert arrays["cls"].dtype == np.float16 and cls.shape == (256, 64) and abs(cls.square().mean() - 2) < 0.01
+    assert arrays["cls"].dtype == np.float16 and cls.shape == (128, 64) and abs(cls.square().mean() - 2) < 0.01
     scale = (cls * pooled).sum() / pooled.square().sum()
     torch.testing.assert_close(cls, scale * pooled, rtol=2e-3, atol=1e-3)
-    assert fpo.alignment_loss(encoder.tokens(seen), torch.from_numpy(arrays["features"])).max() < -0.999
+    assert fpo.alignment_loss(encoder(seen), torch.from_numpy(arrays["features"])).max() < -0.999
     with pytest.raises(SystemExit, match="is in the way: delete it"):
-        font_digits.make(tmp_path / "new/digits", n=256)
+        font_digits.make(tmp_path / "new/digits", n=128)
 
 
 def test_a_folder_of_digits_without_class_tokens_is_used_as_it_is(folder, monkeypatch):

@@ -24,11 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parent / "font_digits"
-FACES = """
-    DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold
-    DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic
-    DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
-    cmr10 cmb10 cmss10 cmtt10""".split()
+FACES = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono
+    DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold
+    DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic
+    STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10""".split()
 SIZE = 16                                   # pixels of an image
 GLYPH = 64                                  # pixels of a glyph; it has height 1 and lies in the middle
 EXTENT = 0.75                               # of the square [-0.75, 0.75]^2 that these pixels cover
@@ -37,16 +36,15 @@ EXTENT = 0.75                               # of the square [-0.75, 0.75]^2 that
 @functools.cache
 def glyph(face, digit):
     """One digit of FACES[face], from its outline: (GLYPH, GLYPH) float64, the covered part of each pixel."""
-    from matplotlib import font_manager, get_data_path, textpath
-    from matplotlib.path import Path as Outline
+    from matplotlib import font_manager, get_data_path, path, textpath
     font = font_manager.FontProperties(fname=f"{get_data_path()}/fonts/ttf/{FACES[face]}.ttf")
-    path = textpath.TextPath((0, 0), str(digit), size=100, prop=font)
-    path = Outline(np.round(path.vertices * 16) / 16, path.codes)      # FreeType's versions differ by 1/64
-    box = path.get_extents()
+    outline = textpath.TextPath((0, 0), str(digit), size=100, prop=font)
+    outline = path.Path(np.round(outline.vertices * 16) / 16, outline.codes)     # FreeTypes differ by 1/64
+    box = outline.get_extents()
     axis = ((np.arange(2 * GLYPH) + 0.5) / GLYPH - 1) * EXTENT         # 2 x 2 points in each pixel
     points = np.stack(np.meshgrid(axis, -axis), -1).reshape(-1, 2)
     points = points * box.height + (box.min + box.max) / 2
-    inside = [Outline(polygon).contains_points(points) for polygon in path.to_polygons()]
+    inside = [path.Path(polygon).contains_points(points) for polygon in outline.to_polygons()]
     covered = np.logical_xor.reduce(inside)                            # a polygon in another one is a hole
     return covered.reshape(GLYPH, 2, GLYPH, 2).mean((1, 3))
 
@@ -88,7 +86,7 @@ def draw(n, seed):
 
 
 class ConvNet(nn.Module):
-    """A digit classifier whose last 4 x 4 features see the whole image: (B, 1, 16, 16) -> logits (B, 10)."""
+    """A digit classifier: (B, 1, 16, 16) -> 4 x 4 tokens, which see all of it; head(embed(x)) are logits."""
 
     def __init__(self):
         super().__init__()
@@ -101,15 +99,12 @@ class ConvNet(nn.Module):
         self.body = nn.Sequential(*layers[:-1])                        # without the last ReLU: centred tokens
         self.head = nn.Linear(channels, 10)
 
-    def tokens(self, x):
+    def forward(self, x):
         return self.body(x).flatten(2).transpose(1, 2)                 # (B, 16, 64)
 
     def embed(self, x):
         """What the head and the metrics see: the average over the 4 x 4 positions, (B, 64)."""
-        return F.relu(self.tokens(x)).mean(1)
-
-    def forward(self, x):
-        return self.head(self.embed(x))
+        return F.relu(self(x)).mean(1)
 
 
 def train_net(x, labels, seed):
@@ -123,7 +118,8 @@ def train_net(x, labels, seed):
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=5 * batches)
         for _ in range(5):
             for rows in torch.randperm(len(x)).split(128)[:batches]:
-                loss = F.cross_entropy(net(x[rows]), labels[rows], label_smoothing=0.1)
+                logits = net.head(net.embed(x[rows]))
+                loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
@@ -146,17 +142,17 @@ def make(folder, n=20_000, seed=0):
     print(f"drawing {n} digits into {folder} ...")
     images, labels = draw(n, seed)
     others, other_labels = draw(n, seed + 1)
-    bias, scale = float(images.mean()), float(1 / images.std())
+    bias = float(images.mean())
+    scale = float(1 / images.std())
     seen, others = [(torch.from_numpy(x).float() - bias) * scale for x in (images, others)]
     encoder = train_net(seen, labels, seed)
     judge = train_net(others, other_labels, seed + 1)
-    tokens = torch.cat([encoder.tokens(part) for part in seen.split(1000)])
+    tokens = torch.cat([encoder(part) for part in seen.split(1000)])
     features = F.normalize(tokens, dim=-1)
     features = (features / (features.abs().max().item() / 127)).round()
     cls = F.relu(tokens).mean(1)
     cls *= (2 / cls.square().mean()).sqrt()
-    name = "font_digits ConvNet, its last 4 x 4 feature map"
-    meta = dict(scale=scale, bias=bias, num_classes=10, seed=seed, encoder=name)
+    meta = dict(scale=scale, bias=bias, num_classes=10, seed=seed, encoder="font_digits.ConvNet")
     folder.mkdir(parents=True)
     np.save(folder / "latents.npy", images)
     np.save(folder / "labels.npy", labels)
@@ -164,7 +160,6 @@ def make(folder, n=20_000, seed=0):
     np.save(folder / "cls.npy", cls.half())
     torch.save(judge.state_dict(), folder / "judge.pt")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    print(f"made {folder}")
 
 
 def ensure(folder=FOLDER):

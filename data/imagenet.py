@@ -9,7 +9,6 @@ A stopped run goes on where it was, with any number of processes on one machine.
     features.npy  (N, T, D) int8         encoder tokens, each token's largest entry being 127
     cls.npy       (N, D) float16         the encoder's class token as it is, for REG
     meta.json     scale, bias, moments, num_classes, vae, encoder; written last
-[ADM] is Diffusion Models Beat GANs, [REPA] the code behind that paper.
 """
 import argparse
 import io
@@ -18,7 +17,6 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +46,7 @@ def make(cfg, rank=0, world=1, device="cpu"):
     else:
         meta, source = read_foreign(Path(cfg.images))
     convert = conversion(cfg, meta, source, device)
-    read = partial(read_row, source, cfg.size)
+    read = lambda k: read_row(source, cfg.size, k)
     if not begun.exists():
         make_arrays(out, len(source["labels"]), convert([read(0)]))
         draft = out / ".draft"
@@ -97,8 +95,7 @@ def finish(out, arrays, meta):
         time.sleep(1)
     there = arrays["labels"] != LEFT_OUT
     N = np.count_nonzero(there)
-    gaps = np.flatnonzero(~there[:N])
-    last = N + np.flatnonzero(there[N:])
+    gaps, last = np.flatnonzero(~there[:N]), N + np.flatnonzero(there[N:])
     for array in arrays.values():
         array[gaps] = array[last]
         with open(array.filename, "r+b") as file:
@@ -121,8 +118,7 @@ def conversion(cfg, meta, source, device):
 
     def convert(rows):
         part = {name: torch.tensor(np.stack([row[name] for row in rows])) for name in source}
-        if "images" in source:
-            images = part.pop("images").to(device)
+        images = part.pop("images", torch.empty(0)).to(device)
         if cfg.pixels:
             part["latents"] = images
         if meta["vae"]:
@@ -200,7 +196,7 @@ def read(item, size):
 
 
 def centre_crop(image, size):
-    """A PIL image -> its central square, size x size: halved as often as possible, then bicubic [ADM]."""
+    """A PIL image -> its central square, size x size, as in ADM: halved while it can be, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)

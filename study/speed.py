@@ -37,7 +37,7 @@ def make_synthetic(folder, N):
 
 
 def run(flags, steps, out):
-    """train_sit.py without checkpoints and pictures -> its flags, its network's arguments, images a second."""
+    """Train without checkpoints and pictures -> its flags, arguments of its network, images a second."""
     seen = []
     train_sit.save_checkpoint = lambda cfg, step, model, *more: seen.append((cfg, model.arch))
     train_sit.write_pictures = lambda *_: None
