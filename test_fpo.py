@@ -1581,7 +1581,7 @@ def test_the_digits_class_tokens_are_the_encoders_pooled_embedding_with_a_mean_s
     assert arrays["cls"].dtype == np.float16 and cls.shape == (128, 64) and abs(cls.square().mean() - 2) < 0.01
     scale = (cls * pooled).sum() / pooled.square().sum()
     torch.testing.assert_close(cls, scale * pooled, rtol=2e-3, atol=1e-3)
-    assert fpo.alignment_loss(encoder(seen), torch.from_numpy(arrays["features"])).max() < -0.999
+    assert fpo.alignment_loss(encoder.tokens(seen), torch.from_numpy(arrays["features"])).max() < -0.999
     with pytest.raises(SystemExit, match="is in the way: delete it"):
         font_digits.make(tmp_path / "new/digits", n=128)
 
@@ -1792,6 +1792,26 @@ def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, watch
     assert watched == 3 * [2]                                        # three of six were done
     whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
     assert whole.keys() == parts.keys() == {"latents", "labels", "features", "cls"}
+    assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_stopped_between_two_arrays_it_makes_the_whole_batch_again(tmp_path, hub, monkeypatch, n):
+    images, flush, calls = draw_images(tmp_path / "images"), np.memmap.flush, []
+    imagenet.make(settings(images, tmp_path / "whole", batch=4))
+
+    def mortal(array):
+        flush(array)
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.memmap, "flush", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            imagenet.make(settings(images, tmp_path / "parts", batch=4))
+    imagenet.make(settings(images, tmp_path / "parts", batch=4))
+    whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 

@@ -86,7 +86,7 @@ def draw(n, seed):
 
 
 class ConvNet(nn.Module):
-    """A digit classifier: (B, 1, 16, 16) -> 4 x 4 tokens, which see all of it; head(embed(x)) are logits."""
+    """A digit classifier whose last 4 x 4 features see the whole image: (B, 1, 16, 16) -> logits (B, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -99,12 +99,15 @@ class ConvNet(nn.Module):
         self.body = nn.Sequential(*layers[:-1])                        # without the last ReLU: centred tokens
         self.head = nn.Linear(channels, 10)
 
-    def forward(self, x):
+    def tokens(self, x):
         return self.body(x).flatten(2).transpose(1, 2)                 # (B, 16, 64)
 
     def embed(self, x):
         """What the head and the metrics see: the average over the 4 x 4 positions, (B, 64)."""
-        return F.relu(self(x)).mean(1)
+        return F.relu(self.tokens(x)).mean(1)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
 
 
 def train_net(x, labels, seed):
@@ -118,8 +121,7 @@ def train_net(x, labels, seed):
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=5 * batches)
         for _ in range(5):
             for rows in torch.randperm(len(x)).split(128)[:batches]:
-                logits = net.head(net.embed(x[rows]))
-                loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
+                loss = F.cross_entropy(net(x[rows]), labels[rows], label_smoothing=0.1)
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
@@ -147,7 +149,7 @@ def make(folder, n=20_000, seed=0):
     seen, others = [(torch.from_numpy(x).float() - bias) * scale for x in (images, others)]
     encoder = train_net(seen, labels, seed)
     judge = train_net(others, other_labels, seed + 1)
-    tokens = torch.cat([encoder(part) for part in seen.split(1000)])
+    tokens = torch.cat([encoder.tokens(part) for part in seen.split(1000)])
     features = F.normalize(tokens, dim=-1)
     features = (features / (features.abs().max().item() / 127)).round()
     cls = F.relu(tokens).mean(1)
