@@ -3,6 +3,7 @@ import argparse
 import builtins
 import copy
 import dis
+import errno
 import functools
 import hashlib
 import inspect
@@ -13,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -40,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "study"))
 import ablation  # noqa: E402
 import measures  # noqa: E402
+import speed  # noqa: E402
 
 paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
 ENDS = torch.tensor([0.0, 1e-4, 0.03, 0.3, 0.77, 0.999, 1.0], dtype=torch.float64)
@@ -1785,6 +1788,27 @@ def test_fonts_draw_the_same_digits_from_the_same_seed():
     assert images[:, 0, 0].mean() < 5 < images.mean()                # ink in the middle, on black
 
 
+def test_the_digits_class_tokens_are_the_encoders_pooled_embedding_with_a_mean_square_of_2(tmp_path):
+    font_digits.make(tmp_path / "new/digits", n=256, seed=5)
+    arrays, data = content(tmp_path / "new/digits"), train_sit.Latents(tmp_path / "new/digits", features=True)
+    images, labels = font_digits.draw(256, 5)
+    assert (arrays["latents"] == images).all() and (arrays["labels"] == labels).all()
+    seen = data.seen(torch.from_numpy(images), None)
+    encoder = font_digits.train_net(seen, labels, 5)                 # once more
+    pooled, cls = encoder.embed(seen).double(), torch.from_numpy(arrays["cls"]).double()
+    assert arrays["cls"].dtype == np.float16 and cls.shape == (256, 64) and abs(cls.square().mean() - 2) < 0.01
+    scale = (cls * pooled).sum() / pooled.square().sum()
+    torch.testing.assert_close(cls, scale * pooled, rtol=2e-3, atol=1e-3)
+    assert fpo.alignment_loss(encoder.tokens(seen), torch.from_numpy(arrays["features"])).max() < -0.999
+    with pytest.raises(SystemExit, match="is in the way: delete it"):
+        font_digits.make(tmp_path / "new/digits", n=256)
+
+
+def test_a_folder_of_digits_without_class_tokens_is_used_as_it_is(folder, monkeypatch):
+    monkeypatch.setattr(font_digits, "make", lambda *_: pytest.fail("it draws"))
+    assert not (folder / "cls.npy").exists() and font_digits.ensure(folder) == folder
+
+
 def test_help_draws_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(font_digits, "ensure", lambda *_: pytest.fail("it draws"))
     assert run(["--help"]) == run(["--help"], sample) == 0
@@ -1816,18 +1840,35 @@ def tiny_encoder():
     torch.manual_seed(1)
     encoder = nn.Conv2d(3, 6, 14, 14)
     encoder.pos_embed = nn.Parameter(torch.randn(1, 1 + 37 * 37, 6))
-    tokens = lambda x: encoder(x).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
-    encoder.forward_features = lambda x: {"x_norm_patchtokens": tokens(x)}
+    encoder.calls = 0
+
+    def forward_features(x):
+        encoder.calls += 1
+        tokens = encoder(x).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
+        return dict(x_norm_clstoken=7 * x.mean((2, 3)), x_norm_patchtokens=tokens)
+
+    encoder.forward_features = forward_features
     return encoder
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """diffusers and torch.hub without a network: the names of what was loaded."""
+    """diffusers and torch.hub without a network: the names of what was loaded, of a revision that does not change."""
     loaded = []
-    kind = types.SimpleNamespace(from_pretrained=lambda name: loaded.append(name) or tiny_vae())
+
+    def from_pretrained(name, revision):
+        assert re.fullmatch("[0-9a-f]{40}", revision)
+        loaded.append(name)
+        return tiny_vae()
+
+    def load(repository, name, skip_validation):
+        assert re.fullmatch("facebookresearch/dinov2:[0-9a-f]{40}", repository) and skip_validation
+        loaded.append(name)
+        return tiny_encoder()
+
+    kind = types.SimpleNamespace(from_pretrained=from_pretrained)
     monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=kind))
-    monkeypatch.setattr(torch.hub, "load", lambda repo, name: loaded.append(f"{repo} {name}") or tiny_encoder())
+    monkeypatch.setattr(torch.hub, "load", load)
     return loaded
 
 
@@ -1875,7 +1916,8 @@ def content(folder):
 
 
 def settings(images, out, **changes):
-    return imagenet.Config(**dict(images=str(images), out=str(out), size=32, batch=5) | changes)
+    default = dict(vae="stabilityai/sd-vae-ft-ema", encoder="dinov2_vitb14", pixels=False, size=32, batch=5)
+    return argparse.Namespace(images=str(images), out=str(out), **default | changes)
 
 
 @pytest.mark.parametrize("width, height", [(300, 200), (131, 64), (333, 500), (48, 48), (37, 31), (97, 96), (95, 191)])
@@ -1908,7 +1950,7 @@ def test_the_crop_halves_by_box_and_only_while_the_short_side_is_twice_the_size(
 def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub):
     images, out = draw_images(tmp_path / "images"), tmp_path / "out"
     imagenet.make(settings(images, out))
-    assert hub == ["stabilityai/sd-vae-ft-ema", "facebookresearch/dinov2 dinov2_vitb14"]
+    assert hub == ["stabilityai/sd-vae-ft-ema", "dinov2_vitb14"]
     arrays, data = content(out), train_sit.Latents(out, features=True)
     files = [file for name in ("n01", "n02", "n10") for file in sorted((images / name).glob("[0-9]*"))]
     crops = [imagenet.centre_crop(Image.open(file).convert("RGB"), 32) for file in files]
@@ -1916,11 +1958,13 @@ def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub):
     assert arrays["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     mean, log_std = tiny_vae()(pixels / 127.5 - 1).chunk(2, 1)
     np.testing.assert_allclose(arrays["latents"], torch.cat([mean, log_std.exp()], 1), atol=1e-5)
-    tokens = imagenet.load_encoder("dinov2_vitb14", 32, "cpu")(pixels)
+    cls, tokens = imagenet.tokens_of(imagenet.load_encoder("dinov2_vitb14", 32, "cpu"), pixels)
     assert fpo.alignment_loss(tokens, torch.from_numpy(arrays["features"])).max() < -0.999
-    assert {array.dtype.name for array in arrays.values()} == {"int64", "float32", "int8"}
+    assert (arrays["cls"] == cls.half().numpy()).all() and np.abs(arrays["cls"]).max() > 2       # as it is
+    kinds = dict(latents="float32", labels="int64", features="int8", cls="float16")
+    assert {name: array.dtype.name for name, array in arrays.items()} == kinds
     assert (data.channels, data.size, data.feature_dim, data.moments, data.classes) == (4, 4, 6, True, 3)
-    expected = dict(scale=0.18215, bias=0, size=32, vae=hub[0], encoder="dinov2_vitb14")
+    expected = dict(scale=0.18215, bias=0, vae=hub[0], encoder="dinov2_vitb14")
     assert expected.items() <= data.meta.items()
     imagenet.make(settings(images, tmp_path / "pixels", pixels=True))
     data = train_sit.Latents(tmp_path / "pixels", features=True)
@@ -1930,37 +1974,127 @@ def test_a_folder_of_images_becomes_a_data_set(tmp_path, hub):
     assert (train_sit.to_pixels(seen, data.meta) == pixels.permute(0, 2, 3, 1).numpy()).all()             # true colours
 
 
-def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, hub):
-    images, network, seen = draw_images(tmp_path / "images"), tiny_vae(), []
+@pytest.fixture
+def watched(hub, monkeypatch):
+    """The sizes of the batches that the VAE has seen. At watched.broken_at batches a network fails."""
+    network = tiny_vae()
 
-    def vae(x, broken_at=None):
-        seen.append(len(x))
-        if len(seen) == broken_at:
-            raise ConnectionError("power cut")
-        return imagenet.latents_of(network, x)
+    class Watched(list):
+        broken_at = None
 
+        def encode(self, x):
+            self.append(len(x))
+            if len(self) == self.broken_at:
+                raise ConnectionError("power cut")
+            return network.encode(x)
+
+    seen = Watched()
+    monkeypatch.setattr(imagenet, "load_vae", lambda *_: seen)
+    return seen
+
+
+def test_stopped_in_the_middle_it_goes_on_and_does_nothing_twice(tmp_path, watched):
+    images = draw_images(tmp_path / "images")
     whole, parts = (settings(images, tmp_path / name, batch=2) for name in ("whole", "parts"))
-    imagenet.make(whole, vae=vae)
-    assert seen == [1] + 6 * [2]                                     # the first image tells the shapes
-    seen.clear()
+    imagenet.make(whole)
+    assert watched == [1] + 6 * [2]                                  # the first image tells the shapes
+    watched.clear()
+    watched.broken_at = 5
     with pytest.raises(ConnectionError):
-        imagenet.make(parts, vae=functools.partial(vae, broken_at=5))
-    done = np.load(min(Path(parts.out).glob(".done-*"))).sum()
+        imagenet.make(parts)
     with pytest.raises(train_sit.Refused):                           # not yet for training
         train_sit.Latents(parts.out)
-    seen.clear()
-    imagenet.make(parts, vae=vae)
-    assert 1 <= done <= 4 and seen == (6 - done) * [2]
+    watched.clear()
+    watched.broken_at = None
+    imagenet.make(parts)
+    assert watched == 3 * [2]                                        # three of six were done
     whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
-    assert whole.keys() == parts.keys() == {"latents", "labels", "features"}
+    assert whole.keys() == parts.keys() == {"latents", "labels", "features", "cls"}
     assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def test_the_encoder_runs_once_for_class_token_and_tokens(tmp_path, hub, monkeypatch):
+    encoder = tiny_encoder()
+    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: encoder)
+    imagenet.make(settings(draw_images(tmp_path / "images"), tmp_path / "out", batch=4, pixels=True))
+    assert encoder.calls == 1 + 3
+
+
+@pytest.mark.parametrize("removed", [[0], [5], [11], [10, 11], [0, 4, 11], [1, 2, 8]], ids=str)
+def test_an_image_that_cannot_be_read_may_be_removed_and_the_others_are_kept(tmp_path, watched, removed):
+    images, out = draw_images(tmp_path / "images"), tmp_path / "out"
+    imagenet.make(settings(images, tmp_path / "whole", batch=2))
+    whole = content(tmp_path / "whole")
+    files = [Path(file) for file in json.loads((tmp_path / "whole/.begun.json").read_text())[2]["images"]]
+    files[5].write_bytes(b"none")
+    watched.clear()
+    with pytest.raises(SystemExit, match=f"{files[5]} cannot be read: .*may be removed"):
+        imagenet.make(settings(images, out, batch=2))
+    assert watched == [1, 2, 2]                                      # rows 0 to 3 are done
+    Image.new("RGB", (40, 40), (200, 9, 77)).save(files[5], "PNG")   # another picture, which row_of does not know
+    for k in removed:
+        files[k].unlink()
+    watched.clear()
+    imagenet.make(settings(images, out, batch=2))
+    assert watched == 4 * [2]
+    made = content(out)
+    kept = [k for k in range(12) if k not in removed or k < 4]
+    row_of = {latents.tobytes(): k for k, latents in enumerate(whole["latents"])}
+    rows = [row_of.get(latents.tobytes(), 5) for latents in made["latents"]]
+    assert sorted(rows) == kept and rows[:4] == kept[:4]
+    ours, theirs = zip(*[(k, row) for k, row in enumerate(rows) if row != 5])
+    for name, rounding in dict(labels=0, features=1, cls=0.01).items():
+        assert len(made[name]) == len(kept)
+        np.testing.assert_allclose(made[name][[*ours]].astype(float), whole[name][[*theirs]], rtol=0, atol=rounding)
+    assert train_sit.Latents(out).classes == 3
+
+
+def test_a_data_set_whose_images_have_all_gone_is_not_cut_but_says_so(tmp_path, watched):
+    images, out = draw_images(tmp_path / "images"), tmp_path / "out"
+    watched.broken_at = 4
+    with pytest.raises(ConnectionError):
+        imagenet.make(settings(images, out, batch=2))
+    images.rename(tmp_path / "elsewhere")                            # as when a network drive is away
+    with pytest.raises(SystemExit, match="cannot be read"):
+        imagenet.make(settings(images, out, batch=2))
+    (tmp_path / "elsewhere").rename(images)
+    watched.broken_at = None
+    imagenet.make(settings(images, out, batch=2))
+    assert len(train_sit.Latents(out)) == 12
+
+
+def test_a_full_disk_is_one_line_at_the_start_and_the_place_is_reserved(tmp_path, watched, monkeypatch):
+    cfg = settings(draw_images(tmp_path / "images"), tmp_path / "out", batch=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))     # the kernel itself refuses larger files
+    try:
+        with pytest.raises(SystemExit, match="needs 6.*e-06 GB: ") as stop:
+            imagenet.make(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(stop.value) and not list((tmp_path / "out").iterdir())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SystemExit, match="needs .* GB: .*No space left"):
+            imagenet.make(cfg)
+    watched.clear()
+    watched.broken_at = 2
+    with pytest.raises(ConnectionError):                             # once there is place
+        imagenet.make(cfg)
+    sizes = [file.stat() for file in Path(cfg.out).glob("*.npy")]
+    assert len(sizes) == 4 and all(512 * size.st_blocks >= size.st_size for size in sizes)
 
 
 @pytest.mark.parametrize("encoder", ["dinov2_vitb14", "none"])
 def test_repa_folders_are_repacked_exactly(tmp_path, hub, encoder):
     source, out = repa_folder(tmp_path / "source"), tmp_path / "out"
     imagenet.make(settings(source, out, batch=3, encoder=encoder))
-    assert hub == ["facebookresearch/dinov2 dinov2_vitb14"] * (encoder != "none")                         # never a VAE
+    assert hub == ["dinov2_vitb14"] * (encoder != "none")             # never a VAE
+    assert (out / "cls.npy").exists() == (encoder != "none")
     data, arrays = train_sit.Latents(out, features=encoder != "none"), content(out)
     order = [int(name[-12:-4]) for name, _ in json.loads((source / "vae-sd/dataset.json").read_text())["labels"]]
     for i, latents, label in zip(order, arrays["latents"], arrays["labels"], strict=True):
@@ -1993,28 +2127,35 @@ def no_network(*_):
 
 @pytest.mark.parametrize("says, spoil", [
     ("n10/9.PNG cannot be read", lambda images, patch: (images / "n10/9.PNG").write_bytes(b"none")),
-    ("other flags or files", lambda images, patch: (images / "n01/9.CMYK.png").write_bytes(b"none")),
     ("without images: ['n05']", lambda images, patch: (images / "n05").mkdir()),
     ("nor one folder of images per class", lambda images, patch: shutil.rmtree(images)),
     ("pip install diffusers", lambda images, patch: patch.setitem(sys.modules, "diffusers", None)),
     ("dinov2_vitb14 cannot be loaded", lambda images, patch: patch.setattr(torch.hub, "load", no_network))])
-def test_a_stopped_run_that_cannot_go_on_says_why_in_one_line(tmp_path, hub, monkeypatch, says, spoil):
+def test_a_start_that_fails_says_why_in_one_line(tmp_path, hub, monkeypatch, says, spoil):
     images = draw_images(tmp_path / "images")
-    cfg = settings(images, tmp_path / "out")
-    with pytest.raises(ZeroDivisionError):                          # at the last chunk, of 2 images
-        imagenet.make(cfg, vae=lambda x: torch.zeros(len(x), 8, 4, 4) / (1 // (len(x) - 2)))
     spoil(images, monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        imagenet.make(cfg)
+        imagenet.make(settings(images, tmp_path / "out"))
     assert says in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_folder_that_other_flags_began_or_something_else_is_refused_in_one_line(tmp_path, hub):
+    images, out = draw_images(tmp_path / "images"), tmp_path / "out"
+    imagenet.make(settings(images, out))
+    before = content(out)
+    imagenet.make(settings(images, out))                             # finished: nothing changes
+    assert all((before[name] == array).all() for name, array in content(out).items())
+    for cfg, says in [(settings(images, out, batch=7), "was begun with other flags"),
+                      (settings(images, images), "holds something else")]:
+        with pytest.raises(SystemExit, match=says) as stop:
+            imagenet.make(cfg)
+        assert "\n" not in str(stop.value)
 
 
 def test_damaged_foreign_folders_are_refused_in_one_line(tmp_path):
     repa, fast = repa_folder(tmp_path / "repa"), fast_dit_folder(tmp_path / "fast")
     (fast / "imagenet256_features/3.npy").write_bytes(b"none")
-    finished = settings(repa, tmp_path / "finished", encoder="none")
-    imagenet.make(finished)
-    (repa / "images/00001/img00000003.png").unlink()
+    (repa / "images/00001/img00000003.png").write_bytes(b"none")
     cases = [(fast, "imagenet256_features/3.npy cannot be read"), (repa, "img00000003.png cannot be read")]
     for name in ("../outside.npy", "/outside.npy", "a/../../outside.npy"):
         leaving = tmp_path / f"leaving{len(cases)}"
@@ -2025,17 +2166,22 @@ def test_damaged_foreign_folders_are_refused_in_one_line(tmp_path):
         with pytest.raises(SystemExit, match=says) as stop:
             imagenet.make(settings(source, tmp_path / f"out{source.name}", pixels=source == repa, encoder="none"))
         assert "\n" not in str(stop.value)
-    with pytest.raises(SystemExit, match="is finished: delete it"):
-        imagenet.make(finished)
 
 
-def test_position_embeddings_are_resampled_and_the_class_token_is_kept():
+def test_position_embeddings_are_resampled_and_the_class_token_is_kept(monkeypatch):
     row, column = torch.meshgrid(torch.arange(37.0), torch.arange(37.0), indexing="ij")
     code = torch.randn(1, 1 + 37 * 37, 3, generator=seeded(0))
-    assert torch.equal(imagenet.resample_positions(code, 37), code)
+
+    def resampled(side):
+        encoder = tiny_encoder()
+        encoder.pos_embed.data = code.clone()
+        monkeypatch.setattr(torch.hub, "load", lambda *_, **__: encoder)
+        return imagenet.load_encoder("dinov2_vitb14", 16 * side, "cpu").pos_embed.data
+
+    assert torch.equal(resampled(37), code)
     code[0, 1:] = torch.stack([row, column, (row + column) % 2], -1).flatten(0, 1)    # the last: too fine to keep
     for side in (16, 32):
-        out = imagenet.resample_positions(code, side)
+        out = resampled(side)
         assert out.shape == (1, 1 + side * side, 3) and torch.equal(out[:, 0], code[:, 0])
         place = ((torch.arange(side) + 0.5) * 37 / side - 0.5)[3:-3]
         row, column, fine = out[0, 1:].unflatten(0, (side, side))[3:-3, 3:-3].unbind(-1)
@@ -2044,12 +2190,13 @@ def test_position_embeddings_are_resampled_and_the_class_token_is_kept():
 
 
 def test_the_encoder_sees_normalised_images_at_seven_eighths_of_their_size():
-    encoder = types.SimpleNamespace(forward_features=lambda x: {"x_norm_patchtokens": x})
+    encoder = types.SimpleNamespace(forward_features=lambda x: dict(x_norm_clstoken=-x, x_norm_patchtokens=x))
     images = torch.tensor([0, 128, 255], dtype=torch.uint8)[None, :, None, None]
     expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     for size, side in ((256, 224), (512, 448)):
-        x = imagenet.tokens_of(encoder, images.expand(2, 3, size, size))
+        cls, x = imagenet.tokens_of(encoder, images.expand(2, 3, size, size))
         assert x.shape == (2, 3, side, side) and (x - expected[:, None, None]).abs().max() < 1e-4
+        assert torch.equal(cls, -x)
 
 
 def test_int8_tokens_use_the_whole_range_and_change_the_alignment_loss_by_less_than_a_thousandth():
@@ -2319,3 +2466,44 @@ def test_the_two_lines_for_another_training_loop_run():
     exec(code, dict(fpo=fpo, v_hat=v_hat, v=torch.zeros(8, 3)))
     expected, = torch.autograd.grad(fpo.fpo_loss(v_hat.square().mean(1)), v_hat)
     torch.testing.assert_close(v_hat.grad, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# study/speed.py
+
+
+def numbers_of(argv, monkeypatch, capsys):
+    """What speed.py prints: dict of name -> number. What it changes in train_sit is put back afterwards."""
+    for name in ("save_checkpoint", "write_pictures"):
+        monkeypatch.setattr(train_sit, name, getattr(train_sit, name))
+    speed.main([*map(str, argv)])
+    lines = re.findall(r"^ +(\S+) (.*)$", capsys.readouterr().out, re.M)
+    return {name: float(number) for number, name in lines}
+
+
+def test_speed_prints_what_the_run_does_and_what_the_machine_could_do(folder, monkeypatch, capsys):
+    clock, start = time.time, time.time()
+    found = numbers_of(["--data", folder, "--model=micro", "--batch=8", "--steps=6"], monkeypatch, capsys)
+    assert all(number > 0 for number in found.values()) and len(found) == 7, found
+    names = ["steps/s", "images/s", "GFLOP/s of the model", "% of these", "GiB of memory at most"]
+    steps, images, model, percent, memory = (found[name] for name in names)
+    products = min(number for name, number in found.items() if "matrix products" in name)
+    assert images == pytest.approx(8 * steps, rel=1e-3) and steps > 4 / (clock() - start)
+    assert percent == pytest.approx(100 * model / products, rel=1e-2) and 0.1 < memory < 100
+    T, D, P, F, patch = 4, 64, 128, 8, 16                            # tokens, widths, pixels of a patch
+    block = 24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2
+    ends = 4 * T * D * patch + 2 * (256 * D + D ** 2) + 4 * D ** 2
+    projector = 2 * T * (D * P + P * P + P * F)
+    assert model * 1e9 == pytest.approx(3 * (4 * block + ends + projector) * images, rel=1e-3)
+
+
+def test_speed_of_synthetic_latents_is_that_of_imagenets_shapes(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "calls_a_second", lambda function: len(function()))
+    flags = ["--synthetic=4", "--model=SiT-S/2", "--batch=1", "--steps=2", "--timesteps=uniform"]
+    found = numbers_of(flags, monkeypatch, capsys)
+    T, D, P, F, patch = 256, 384, 2048, 768, 16
+    block = 24 * T * D ** 2 + 4 * T ** 2 * D + 12 * D ** 2
+    ends = 4 * T * D * patch + 2 * (256 * D + D ** 2) + 4 * D ** 2
+    projector = 2 * T * (D * P + P * P + P * F)
+    flops = 3 * (12 * block + ends + projector)
+    assert found["GFLOP/s of the model"] * 1e9 == pytest.approx(flops * found["images/s"], rel=1e-3)

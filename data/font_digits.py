@@ -6,7 +6,8 @@ Each image shows one digit in one of 20 faces, with random size, rotation, slant
     latents.npy   (N, 1, 16, 16) uint8    gray images; what the model sees is (latents - bias) * scale
     labels.npy    (N,) int64
     features.npy  (N, 16, 64) int8        unit tokens of a small frozen encoder: the alignment target of REPA
-    meta.json     scale, bias, feature_scale, num_classes, ...
+    cls.npy       (N, 64) float16         its pooled embedding, with a mean square of 2 as DINOv2's: for REG
+    meta.json     scale, bias, num_classes, ...; written last
     judge.pt      a classifier trained on other draws, used by sample.py --metrics and never in training
 The same seed draws the same images everywhere; the two networks agree between machines up to float rounding.
 """
@@ -14,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 
 FOLDER = Path(__file__).resolve().parent / "font_digits"
 FACES = """
-    DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique
-    DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique
-    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic
-    STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmtt10""".split()
+    DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold
+    DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic
+    DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
+    cmr10 cmb10 cmss10 cmtt10""".split()
 SIZE = 16                                   # pixels of an image
 GLYPH = 64                                  # pixels of a glyph; it has height 1 and lies in the middle
 EXTENT = 0.75                               # of the square [-0.75, 0.75]^2 that these pixels cover
@@ -138,50 +138,37 @@ def load_judge(folder):
     return judge.eval().requires_grad_(False)
 
 
-def build(n, seed):
-    """What the folder holds: arrays by their names, the judge, and meta."""
-    images, labels = draw(n, seed)
-    bias = float(images.mean())
-    scale = float(1 / images.std())
-
-    def seen(images):
-        return (torch.from_numpy(images).float() - bias) * scale
-
-    encoder = train_net(seen(images), labels, seed)
-    tokens = [encoder.tokens(part) for part in seen(images).split(1000)]
-    features = F.normalize(torch.cat(tokens), dim=-1)
-    feature_scale = features.abs().max().item() / 127
-    features = (features / feature_scale).round().to(torch.int8).numpy()
-    other_images, other_labels = draw(n, seed + 1)
-    judge = train_net(seen(other_images), other_labels, seed + 1)
-    test_images, test_labels = draw(2000, seed + 2)
-    right = judge(seen(test_images)).argmax(1).numpy() == test_labels
-    meta = dict(scale=scale, bias=bias, feature_scale=feature_scale, num_classes=10, vae=None, seed=seed,
-                encoder="font_digits ConvNet, its last 4 x 4 feature map", judge_accuracy=float(right.mean()))
-    return dict(latents=images, labels=labels, features=features), judge, meta
-
-
 def make(folder, n=20_000, seed=0):
-    """Write the data set into a new folder: all of it or, if something goes wrong, nothing."""
+    """Write the data set into a new folder."""
     folder = Path(folder)
     if folder.exists():
         raise SystemExit(f"{folder} is in the way: delete it to make the data set anew")
     print(f"drawing {n} digits into {folder} ...")
-    arrays, judge, meta = build(n, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".font_digits-") as temporary:
-        draft = Path(temporary) / "draft"
-        draft.mkdir()
-        for name, array in arrays.items():
-            np.save(draft / name, array)
-        torch.save(judge.state_dict(), draft / "judge.pt")
-        (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        draft.replace(folder)
-    print(f"made {folder}; the judge reads {meta['judge_accuracy']:.1%} of 2000 unseen digits right")
+    images, labels = draw(n, seed)
+    others, other_labels = draw(n, seed + 1)
+    bias, scale = float(images.mean()), float(1 / images.std())
+    seen, others = [(torch.from_numpy(x).float() - bias) * scale for x in (images, others)]
+    encoder = train_net(seen, labels, seed)
+    judge = train_net(others, other_labels, seed + 1)
+    tokens = torch.cat([encoder.tokens(part) for part in seen.split(1000)])
+    features = F.normalize(tokens, dim=-1)
+    features = (features / (features.abs().max().item() / 127)).round()
+    cls = F.relu(tokens).mean(1)
+    cls *= (2 / cls.square().mean()).sqrt()
+    name = "font_digits ConvNet, its last 4 x 4 feature map"
+    meta = dict(scale=scale, bias=bias, num_classes=10, seed=seed, encoder=name)
+    folder.mkdir(parents=True)
+    np.save(folder / "latents.npy", images)
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "features.npy", features.to(torch.int8))
+    np.save(folder / "cls.npy", cls.half())
+    torch.save(judge.state_dict(), folder / "judge.pt")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    print(f"made {folder}")
 
 
 def ensure(folder=FOLDER):
-    """The folder of the data set, made first if it is not there; of torchrun's processes the first makes it."""
+    """The folder of the data set, made first if it is missing; of torchrun's processes the first makes it."""
     ready = Path(folder) / "meta.json"
     if os.environ.get("RANK", "0") == "0" and not ready.exists():
         make(folder)
