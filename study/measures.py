@@ -20,7 +20,12 @@ def noised(data, t):
     x = data.seen(latents, noise)
     x_t, v = fpo.interpolate(x, eps, t)
     cls_t, _ = fpo.interpolate(cls, torch.randn(cls.shape, generator=random), t)
-    return x_t, v, labels, features, cls_t
+    return x_t, v, labels, patches(features, data), cls_t
+
+
+def patches(tokens, data):
+    """tokens (n, T, D) without REG's class token, if that is the first of them."""
+    return tokens[:, -data.features.shape[1]:]
 
 
 @torch.no_grad()
@@ -32,7 +37,7 @@ def data_losses(model, data, n, predict="v"):
     x_t, v, labels, features, cls_t = noised(data, t)
     out, z, _ = model(x_t, t, labels, features=True, cls=cls_t)
     v_hat = train_sit.TO_VELOCITY[predict](out, x_t, t, fpo.linear)
-    A = t * math.nan if z is None else fpo.alignment_loss(z, features)
+    A = t * math.nan if z is None else fpo.alignment_loss(patches(z, data), features)
     return t, fpo.velocity_loss(v_hat, v), A
 
 
@@ -46,9 +51,9 @@ def hidden_measures(model, data, t=0.1, n=4000):
     hidden = []
     block = model.blocks[model.encoder_depth - 1]
     no_class = torch.full_like(labels, model.num_classes)
-    with block.register_forward_hook(lambda block, inputs, h: hidden.append(h.mean(1))):
+    with block.register_forward_hook(lambda block, inputs, h: hidden.append(patches(h, data).mean(1))):
         _, z, _ = model(x_t, t, no_class, features=True, cls=cls_t)
-    cosine = math.nan if z is None else -fpo.alignment_loss(z, features).mean().item()
+    cosine = math.nan if z is None else -fpo.alignment_loss(patches(z, data), features).mean().item()
     likeness = cknna(hidden[0], fpo.pooled(features))
     return cosine, likeness, linear_probe(hidden[0], labels, data.classes)
 
