@@ -1434,9 +1434,11 @@ def test_reg_trains_with_every_alignment_resumes_exactly_and_samples(reg_folder,
 
 
 @pytest.mark.parametrize("cls_guidance, theirs", [(-1, 2.3), (0, 1), (1.5, 1.5)])
-def test_reg_s_guidance_has_a_scale_of_its_own_for_the_class_token(cls_guidance, theirs):
+def test_reg_s_guidance_has_a_scale_of_its_own_for_the_class_token(monkeypatch, cls_guidance, theirs):
     """Oracle: the SDE of the published script by hand, image and class token apart, on the same noises."""
     model, generators = awake(train_sit.SiT(**REG)), [seeded(train_sit.seed_of(5, k)) for k in range(3)]
+    split, ends = train_sit.split_image, []
+    monkeypatch.setattr(train_sit, "split_image", lambda *a: ends.append(split(*a)) or ends[-1])
     cfg = sample.Config(sampler="sde", steps=4, guidance=2.3, cls_guidance=cls_guidance, interval=(0, 0.85), seed=5)
     got, labels, _ = sample.generate(model, dict(predict="v", path="linear"), cfg, np.arange(3), torch.device("cpu"))
     rows = torch.stack([torch.randn(64 + 6, generator=g) for g in generators]).double()
@@ -1458,6 +1460,7 @@ def test_reg_s_guidance_has_a_scale_of_its_own_for_the_class_token(cls_guidance,
             new += [state + (then - now) * drift + math.sqrt(2 * now * (now - then)) * n]
         x, c = new
     torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ends[-1][1].double(), c, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("says, changes, with_cls", [
