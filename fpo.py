@@ -407,13 +407,14 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0), null=None):
 
     model(x, t, y) -> velocity; y (B,) labels; null: the label that stands for no class (num_classes), which
     any scale other than 1 needs (ValueError). Outside the interval the unconditional half is not computed
-    at all."""
-    if scale != 1 and null is None:
+    at all. scale: a number, or one for each entry of x's last dimension."""
+    plain = bool((torch.as_tensor(scale) == 1).all())
+    if not plain and null is None:
         raise ValueError("guided: a scale other than 1 needs null, the label of no class (num_classes)")
     low, high = interval
 
     def v(x, t):
-        if scale == 1:
+        if plain:
             return model(x, t, y)
         inside = ((t >= low) & (t <= high)).nonzero()[:, 0]
         if len(inside) == 0:
@@ -422,7 +423,8 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0), null=None):
         pairs = ((x, x[inside]), (t, t[inside]), (y, no_class))
         out = model(*map(torch.cat, pairs))
         v_c, v_u = out[:len(x)], out[len(x):]
-        return v_c.index_copy(0, inside, v_u + scale * (v_c[inside] - v_u))
+        mixed = v_u + scale * (v_c[inside] - v_u)
+        return v_c.index_copy(0, inside, mixed.to(v_c))
 
     return v
 

@@ -12,7 +12,6 @@ was. samples.npz holds arr_0 (N, H, W, 3) uint8, the labels, and every setting t
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -45,8 +44,10 @@ class Config:
     w: float = 2.0                        # sde: diffusion coefficient w sigma_t; 2 as in the published runs
     last: float = 0.04                    # sde: the last step, without noise, runs from here; 0: equal steps
     guidance: float = 1.0                 # guidance scale; 1: none
+    cls_guidance: float = -1.0            # that of REG's class token; -1: the same; 0: none
     interval: tuple = (0.0, 1.0)          # timesteps at which guidance acts
     amp: str = "fp32"                     # precision of the network; tf32: fp32 with TF32 matrix products
+    compile: bool = torch.cuda.is_available()    # compile the blocks
     # Metrics
     metrics: bool = False                 # compare with the data
     data: str = "data/font_digits"        # the data
@@ -59,7 +60,7 @@ SAMPLERS = {                              # v, noise, flags, path, one generator
     "sde": lambda v, x, cfg, path, g, end: fpo.euler_maruyama(v, x, cfg.steps, path, cfg.w, cfg.last, g, end),
 }
 CHOICES = dict(sampler=SAMPLERS, amp=("fp32", "tf32", "bf16"))
-LOWEST = dict(count=1, batch=1, steps=1, tolerance=1e-12)
+LOWEST = dict(count=1, batch=1, steps=1, tolerance=1e-12, cls_guidance=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -70,21 +71,24 @@ def generate(model, config, cfg, rows, device):
     """The images with numbers rows (B,) as the model sees them -> x (B, C, H, W), labels (B,), NFE.
 
     Every image has its own generator: for its noise, then its label, then the noise of the SDE."""
-    shape = model.channels, model.size, model.size
+    pixels, D = math.prod(model.shape), model.cls_dim
     generators = [torch.Generator().manual_seed(train_sit.seed_of(cfg.seed, int(row))) for row in rows]
-    x = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    x = torch.stack([torch.randn(pixels + D, generator=g) for g in generators])
     labels = torch.cat([torch.randint(model.num_classes, (1,), generator=g) for g in generators])
     if cfg.classes:
         labels = torch.tensor(cfg.classes).long()[rows % len(cfg.classes)]
     y = labels.to(device)
+    cls_guidance = {-1: cfg.guidance, 0: 1}.get(cfg.cls_guidance, cfg.cls_guidance)
+    scale = torch.tensor([cfg.guidance] * pixels + [cls_guidance] * D, device=device)
     v = train_sit.as_velocity(model, config["predict"], config["path"])
-    v = fpo.counted(fpo.guided(v, y, cfg.guidance, cfg.interval, model.num_classes))
+    v = fpo.counted(fpo.guided(v, y, scale, cfg.interval, model.num_classes))
     path, end = fpo.PATHS[config["path"]], fpo.FIRST_T[config["path"]]
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16"):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
+    x, _ = train_sit.split_image(model, x.float())           # REG's class token has done its work
     if not x.isfinite().all():
         raise Refused(f"images {rows[0]} to {rows[-1]} are not finite: is the checkpoint, or --guidance, bad?")
-    return x.float(), labels.numpy(), v.nfe
+    return x, labels.numpy(), v.nfe
 
 
 @torch.no_grad()
@@ -110,9 +114,8 @@ def draw_parts(model, config, cfg, meta, vae, device, files):
         rows = np.arange(k * cfg.batch, end)
         x, labels, nfe = generate(model, config, cfg, rows, device)
         pixels = decoded(x, meta, vae)
-        with open(files[k].with_suffix(".tmp"), "wb") as draft:
-            np.savez(draft, arr_0=pixels, x=x.cpu().numpy(), labels=labels, nfe=nfe)
-        os.replace(draft.name, files[k])
+        with train_sit.whole(files[k]) as file:
+            np.savez(file, arr_0=pixels, x=x.cpu().numpy(), labels=labels, nfe=nfe)
 
 
 def join_parts(files, count):
@@ -212,10 +215,10 @@ def prepare(cfg):
 def begin(folder, settings):
     """Make the folder of the parts. Raise Refused if it holds parts that other settings made."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun, draft = folder / "settings.json", folder / f"settings-{RANK}.tmp"
+    begun = folder / "settings.json"
     if not begun.exists():
-        draft.write_text(json.dumps(settings))
-        draft.replace(begun)
+        with train_sit.whole(begun) as file:
+            file.write(json.dumps(settings).encode())
     for name, was in json.loads(begun.read_text()).items():
         if was != settings[name]:
             raise Refused(f"{folder} was begun with {name} {was}, not {settings[name]}: finish or delete it")
@@ -223,9 +226,10 @@ def begin(folder, settings):
 
 def sample(cfg):
     """The whole program: parts, then samples.npz, grid.png and metrics.json in cfg.out."""
-    device, out, started = train_sit.start_processes(), Path(cfg.out), time.time()
+    device, out, started = train_sit.start_processes(cfg.amp == "fp32"), Path(cfg.out), time.time()
     path, model, config, data = prepare(cfg)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.amp == "tf32"
+    if cfg.compile:
+        train_sit.compile_blocks(model)
     vae = None
     if cfg.vae:
         from data.imagenet import load_vae
@@ -235,18 +239,18 @@ def sample(cfg):
     settings |= dict(checkpoint=str(path), step=config["step"], path=config["path"], predict=config["predict"],
                      classes=list(cfg.classes), interval=list(cfg.interval), trained_on_vae=meta.get("vae"))
 
-    folder = out / "parts"
-    begin(folder, settings)
+    folder, locked = out / "parts", train_sit.lock(out)
+    if RANK == 0:
+        begin(folder, settings)              # the others wait for it
     if WORLD > 1:
-        dist.barrier()                       # nobody joins the parts before all have begun
+        dist.barrier()
     files = [folder / f"{k:06d}.npz" for k in range(math.ceil(cfg.count / cfg.batch))]
     draw_parts(model.to(device), config, cfg, meta, vae, device, files)
     if RANK > 0:
         return
     images, x, labels, settings["nfe"] = join_parts(files, cfg.count)
-    with open(out / "samples.tmp", "wb") as draft:
-        np.savez(draft, arr_0=images, labels=labels, settings=json.dumps(settings))
-    os.replace(draft.name, out / "samples.npz")
+    with train_sit.whole(out / "samples.npz") as file:
+        np.savez(file, arr_0=images, labels=labels, settings=json.dumps(settings))
     columns = min(10, cfg.count)
     shown = min(100, cfg.count // columns * columns)
     train_sit.write_grid(images[:shown], out / "grid.png", columns)

@@ -13,8 +13,10 @@ the number of processes.
 """
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import inspect
 import json
@@ -33,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import fpo
 
@@ -51,6 +54,7 @@ class Config:
     log_every: int = 20                  # steps between rows of log.csv
     sample_every: int = 700              # steps between pictures
     save_every: int = 350                # steps between checkpoints; the newest two are kept
+    keep_every: int = 0                  # steps between weight averages that are kept, too; 0: none
     # What is optimised
     model: str = "tiny"                  # network
     bottleneck: int = 0                  # width of a bottleneck in the patch embedding; 0: none
@@ -70,6 +74,7 @@ class Config:
     projector: str = "mlp"               # from the hidden tokens to the encoder's; conv: of iREPA
     repa_weight: float = 0.5             # lambda, the weight of the alignment loss
     align_until: int = 0                 # steps after which the alignment loss stops; 0: never
+    reg_weight: float = 0.0              # REG: weight of the class token's loss, published 0.03; 0: no token
     label_dropout: float = 0.1           # share of labels replaced by the null label, for guidance
     # Optimiser
     steps: int = 1400                    # optimiser steps in all
@@ -77,22 +82,26 @@ class Config:
     lr: float = 3e-3                     # learning rate after warm-up, constant
     warmup: int = 100                    # steps of linear warm-up
     clip: float = 1.0                    # largest gradient norm; 0: any
-    ema: float = 0.999                   # decay of the weight average; at first step / (9 + step)
+    ema: float = 0.999                   # decay of the weight average
+    ema_warmup: bool = True              # the decay is at first step / (9 + step)
     seed: int = 0                        # seed of everything
     # Hardware
     bf16: bool = FAST_BF16               # autocast to bfloat16
+    fp32: bool = False                   # no TF32 in the float32 products of a GPU
     compile: bool = torch.cuda.is_available()    # compile the blocks
     checkpointing: bool = False          # recompute the blocks in the backward pass: slower, far less memory
 
 
-ARGUMENTS = "depth width heads encoder_depth projector_width patch".split()
-MODELS = {"tiny": (6, 160, 5, 2, 256, 4), "micro": (4, 64, 2, 2, 128, 4)}
+def sizes(depth, width, heads, encoder_depth, projector_width, patch):
+    return locals()
+
+
+MODELS = {"tiny": sizes(6, 160, 5, 2, 256, 4), "micro": sizes(4, 64, 2, 2, 128, 4)}
 for patch in (2, 4, 8, 16, 32):
-    MODELS[f"SiT-S/{patch}"] = 12, 384, 6, 4, 2048, patch
-    MODELS[f"SiT-B/{patch}"] = 12, 768, 12, 4, 2048, patch
-    MODELS[f"SiT-L/{patch}"] = 24, 1024, 16, 8, 2048, patch
-    MODELS[f"SiT-XL/{patch}"] = 28, 1152, 16, 8, 2048, patch
-MODELS = {name: dict(zip(ARGUMENTS, values)) for name, values in MODELS.items()}
+    MODELS[f"SiT-S/{patch}"] = sizes(12, 384, 6, 4, 2048, patch)
+    MODELS[f"SiT-B/{patch}"] = sizes(12, 768, 12, 4, 2048, patch)
+    MODELS[f"SiT-L/{patch}"] = sizes(24, 1024, 16, 8, 2048, patch)
+    MODELS[f"SiT-XL/{patch}"] = sizes(28, 1152, 16, 8, 2048, patch)
 
 # ----------------------------------------------------------------------------------------------------------
 # What is optimised: mean(c L) + repa_weight mean(a A), with the velocity losses L and the alignment losses A
@@ -130,57 +139,57 @@ TIMESTEPS["vr_monte_carlo"] = TIMESTEPS["vr_loss"] = TIMESTEPS["vr_gaussian"]   
 def train(cfg, stop):
     """The whole run. stop: a Stop, which knows whether Ctrl-C or SIGTERM has come."""
     # Data, network, its average, optimiser
-    device = start_processes()               # from here on gather() knows the other processes
-    data = Latents(cfg.data, features=cfg.align != "none")
+    device = start_processes(cfg.fp32)       # from here on gather() knows the other processes
+    data = Latents(cfg.data, features=cfg.align != "none", cls=cfg.reg_weight > 0)
     say(data.describe())
     check(cfg, data)
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
-                projector=cfg.projector, bottleneck=cfg.bottleneck).to(device)
+                projector=cfg.projector, bottleneck=cfg.bottleneck, cls_dim=data.cls_dim).to(device)
     newest = newest_checkpoint(cfg.out)
     if cfg.init and not newest:
         start_from(cfg.init, model, cfg)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
 
-    # Start, or go on with the run in this folder
+    # Start, or go on with the run in this folder. moments: of VRPO's features and rewards
+    locked = lock(cfg.out)                   # as long as this function runs
     if newest:
-        start, density, moments = resume(newest, device, cfg, model, ema, opt)
+        run = resume(newest, device, cfg, model, ema, opt)
     else:
-        start, density, moments = 0, start_density(cfg, data, device), {}        # moments: of VRPO's rewards
+        run = dict(step=0, density=start_density(cfg, data, device), moments={}, log=[])
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
-        torch._dynamo.config.optimize_ddp = False            # or it cuts the blocks at DDP's gradient buckets
-        for block in model.blocks:
-            block.compile()
-    net = model if WORLD == 1 else nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        compile_blocks(model)
+    net = model if WORLD == 1 else nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     path, first_t = fpo.PATHS[cfg.path], fpo.FIRST_T[cfg.path]
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
     b = cfg.batch // WORLD
     mine = slice(RANK * b, RANK * b + b)                 # this process's part of the global batch
-    rows = (rows_of(k, cfg, len(data))[mine] for k in range(start, cfg.steps))
-    log = Log(cfg, start)
-
-    for step, batch in enumerate(prefetched(data.batch, rows), start + 1):
+    rows = (rows_of(k, cfg, len(data))[mine] for k in range(run["step"], cfg.steps))
+    bar = tqdm(total=cfg.steps, initial=run["step"], unit="step", disable=RANK > 0)
+    recent, since = [], time.time()
+    for step, batch in enumerate(prefetched(data.batch, rows), run["step"] + 1):
         # The batch, and everything random
-        latents, y, features = (array.to(device, non_blocking=True) for array in batch)      # (b, ...)
-        eps, u, drop, noise = draws(cfg, step, data, device)                                 # (N, ...)
-        x, eps = data.seen(latents, noise[mine]), eps[mine]
+        latents, y, features, cls = (array.to(device, non_blocking=True) for array in batch)     # (b, ...)
+        eps, u, drop, noise, eps_cls = draws(cfg, step, data, device)                            # (N, ...)
+        x, eps, eps_cls = data.seen(latents, noise[mine]), eps[mine], eps_cls[mine]
         y = torch.where(drop[mine] < cfg.label_dropout, model.num_classes, y)
-        lam = cfg.repa_weight
-        if 0 < cfg.align_until < step:
-            lam = 0
+        lam = 0 if 0 < cfg.align_until < step else cfg.repa_weight
 
         # Losses of our samples
-        t_all = TIMESTEPS[cfg.timesteps](u, density, cfg).clamp_min(first_t)     # (N,) [VR Sec. 3.3]
+        t_all = TIMESTEPS[cfg.timesteps](u, run["density"], cfg).clamp_min(first_t)              # (N,)
         t = t_all[mine]                                      # (b,)
         x_t, v = fpo.interpolate(x, eps, t, path)
-        with autocast():
-            out, z = net(x_t, t, y, features=True)           # z (b, T, D): projected tokens
+        cls_t, v_cls = fpo.interpolate(cls, eps_cls, t, path)            # (b, 0) without REG
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            out, z, out_cls = net(x_t, t, y, features=True, cls=cls_t)   # z (b, T, D): projected tokens
         target = {"v": v, "x": x, "eps": eps}[cfg.predict]
-        L = fpo.velocity_loss(out, target) * fpo.loss_scale(t, cfg.predict, cfg.loss, path)  # (b,)
-        more = dict(out=out, x=x, eps=eps, t=t, y=y, model=model, moments=moments, cfg=cfg)
+        L = fpo.velocity_loss(out, target) * fpo.loss_scale(t, cfg.predict, cfg.loss, path)      # (b,)
+        if cfg.reg_weight:                                   # the class token has a loss, too
+            L = L + cfg.reg_weight * fpo.velocity_loss(out_cls, v_cls)
+        more = dict(out=out, x=x, eps=eps, cls=cls, eps_cls=eps_cls, t=t, y=y, model=model, run=run, cfg=cfg)
         A = ALIGN[cfg.align](z, features, **more)            # (b,)
 
         # Weights, by the losses of the whole global batch [FPO Alg. 2, Thm. 3.3]
@@ -196,25 +205,27 @@ def train(cfg, stop):
         loss.backward()                                      # DDP averages the processes' gradients
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         opt.step()
-        update_average(ema, model, min(cfg.ema, step / (step + 9)))
+        update_average(ema, model, min(cfg.ema, step / (step + 9)) if cfg.ema_warmup else cfg.ema)
         if cfg.timesteps == "vr_loss":
-            follow_losses(density, t_all, L_all)
+            follow_losses(run["density"], t_all, L_all)
 
         # Once in a while, and only then is the GPU waited for: a row of the log, a checkpoint, pictures
-        log.add(L_all.mean(), A_all.mean(), norm)
-        last = step == cfg.steps
-        save = step % cfg.save_every == 0 or last
-        picture = step % cfg.sample_every == 0 or last
+        run["step"] = step
+        recent += [torch.stack([L_all.mean(), A_all.mean(), norm])]
+        bar.update()
+        save = step % cfg.save_every == 0 or step == cfg.steps
+        picture = step % cfg.sample_every == 0 or step == cfg.steps
         if step % cfg.log_every == 0 or save or picture:
-            log.write(step, c, lr, moments)                  # ends the run where a loss is not finite
+            bar.set_postfix(loss=log_row(cfg, run, recent, time.time() - since, c, lr))
             stopping = stop.anywhere()
             if RANK == 0 and (save or stopping):
-                save_checkpoint(cfg, step, model, ema, opt, density, moments, data.meta)
+                save_checkpoint(cfg, run, model, ema, opt, data.meta)
             if RANK == 0 and picture:
                 write_pictures(ema, cfg, data.meta, step)
             if stopping:
                 break
-    log.bar.close()
+            recent, since = [], time.time()
+    bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -222,7 +233,7 @@ def train(cfg, stop):
 
 
 def position_embedding(width, side):
-    """Fixed 2D sin-cos code (side * side, width), in the official order: half for the column, half the row."""
+    """Fixed 2D sin-cos code (side * side, width), in the official order: half the column, half the row."""
     omega = 10000.0 ** (-torch.arange(width // 4).double() / (width // 4))
     angle = torch.arange(side).double()[:, None] * omega
     code = torch.cat([angle.sin(), angle.cos()], 1)                      # (side, width / 2)
@@ -284,14 +295,20 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width, out):
+    """x (B, T, D), c (B, D) -> the patches (B, T, out); with cls_dim also the class token, which is x[:, 0]."""
+
+    def __init__(self, width, out, cls_dim=0):
         super().__init__()
         self.linear = nn.Linear(width, out)
+        self.linear_cls = nn.Linear(width, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(x, shift, scale))
+        x = modulate(x, shift, scale)
+        if self.linear_cls:
+            return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
+        return self.linear(x)
 
 
 def mlp(*widths):
@@ -308,8 +325,8 @@ class ConvProjector(nn.Conv2d):
 
     def forward(self, h):
         side = math.isqrt(h.shape[1])
-        image = h.transpose(1, 2).unflatten(2, (side, side))
-        return super().forward(image).flatten(2).transpose(1, 2)
+        image = h.mT.unflatten(2, (side, side))
+        return super().forward(image).flatten(2).mT
 
 
 PROJECTORS = {"mlp": mlp, "conv": ConvProjector}
@@ -318,27 +335,35 @@ PROJECTORS = {"mlp": mlp, "conv": ConvProjector}
 class SiT(nn.Module):
     """Scalable interpolant transformer: x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W).
 
-    feature_dim: width D of the alignment targets; None: no projector. features=True: returns (velocity, z),
-    z (B, T, D) being the projected tokens of block encoder_depth (None without a projector); "only": just z.
-    The projector never runs when nobody asks for it."""
+    feature_dim: width D of the alignment targets; 0: no projector. features=True: returns (velocity, z), z
+    (B, T, D) being the projected tokens of block encoder_depth (None without a projector); "only": just z.
+    The projector never runs when nobody asks for it. cls_dim: width of REG's class token, which then must
+    come in as cls (B, cls_dim) and is the first of 1 + T tokens; with cls: returns (velocity, z, v_cls)."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
-                 encoder_depth=8, feature_dim=None, projector_width=2048, projector="mlp", bottleneck=0):
+                 encoder_depth=8, feature_dim=0, projector_width=2048, projector="mlp", bottleneck=0,
+                 cls_dim=0):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         vars(self).update(self.arch, checkpointing=False)    # every argument is an attribute, too
+        self.shape = channels, size, size
         P, table = projector_width, nn.Embedding(num_classes + 1, width)         # its last row: no class
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, bottleneck or width, patch, patch)})
         if bottleneck:
             self.x_embedder["widen"] = nn.Conv2d(bottleneck, width, 1)   # [JiT]
-        self.register_buffer("pos_embed", position_embedding(width, size // patch)[None])
+        code = position_embedding(width, size // patch)
         self.t_embedder = nn.ModuleDict({"mlp": mlp(256, width, width)})
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.final_layer = FinalLayer(width, patch * patch * channels, cls_dim)
         self.projectors = nn.ModuleList()
         if feature_dim:
             self.projectors.append(PROJECTORS[projector](width, P, P, feature_dim))
+        if cls_dim:                                          # [REG]
+            self.cls_projectors2 = nn.Linear(cls_dim, width)
+            self.wg_norm = nn.LayerNorm(width, eps=1e-6)
+            code = F.pad(code, (0, 0, 1, 0))                 # the class token's place is all zeros
+        self.register_buffer("pos_embed", code[None])
         self.initialize()
 
     def initialize(self):
@@ -352,26 +377,35 @@ class SiT(nn.Module):
         time = self.t_embedder["mlp"]
         for layer in (time[0], time[2], self.y_embedder["embedding_table"]):
             nn.init.normal_(layer.weight, std=0.02)
-        for part in (*self.blocks, self.final_layer):
-            nn.init.zeros_(part.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for name, weight in self.named_parameters():
+            if "adaLN" in name or name.startswith("final_layer"):
+                nn.init.zeros_(weight)
 
-    def forward(self, x, t, y, features=False):
+    def forward(self, x, t, y, features=False, cls=None):
         B, C, H, W = x.shape
-        p, h, z = self.patch, x, None
+        p, h, z, v_cls = self.patch, x, None, cls
         for patches in self.x_embedder.values():
             h = patches(h)                                   # (B, D, H / p, W / p)
-        h = h.flatten(2).transpose(1, 2) + self.pos_embed    # (B, T, D)
-        c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)     # (B, D)
+        h = h.flatten(2).mT                                  # (B, T, D)
+        if self.cls_dim:
+            token = self.wg_norm(self.cls_projectors2(cls))
+            h = torch.cat([token[:, None], h], 1)            # (B, 1 + T, D)
+        h = h + self.pos_embed
+        with torch.autocast(x.device.type, enabled=False):   # 16 bits are too few for t
+            c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)     # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if self.checkpointing else block(h, c)
             if features and depth == self.encoder_depth and self.projectors:
                 z = self.projectors[0](h)                    # (B, T, feature_dim)
                 if features == "only":
                     return z
-        out = self.final_layer(h, c).view(B, H // p, W // p, p, p, C)
-        out = out.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-        return (out, z) if features else out
+        v = self.final_layer(h, c)
+        if self.cls_dim:
+            v, v_cls = v
+        v = v.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        if cls is not None:
+            return v, z, v_cls
+        return (v, z) if features else v
 
 
 TO_VELOCITY = {                              # what the network outputs, x_t, t, path -> velocity
@@ -382,8 +416,23 @@ TO_VELOCITY = {                              # what the network outputs, x_t, t,
 
 
 def as_velocity(model, predict="v", path="linear"):
-    """The network as a velocity model(x, t, y), whichever of v, x and eps it outputs."""
-    return lambda x, t, y: TO_VELOCITY[predict](model(x, t, y), x, t, fpo.PATHS[path])
+    """The network as a velocity v(x, t, y), whichever of v, x and eps it outputs, for the samplers.
+
+    x: the images (B, C, H, W) or, with REG, rows of image and class token, (B, C H W + cls_dim)."""
+
+    def velocity(x, t, y):
+        image, cls = split_image(model, x.flatten(1))
+        out, _, out_cls = model(image, t, y, cls=cls)
+        out = torch.cat([out.flatten(1), out_cls], 1).view_as(x)
+        return TO_VELOCITY[predict](out, x, t, fpo.PATHS[path])
+
+    return velocity
+
+
+def split_image(model, x):
+    """Rows (B, C H W + cls_dim) -> images (B, C, H, W), class tokens (B, cls_dim)."""
+    image, cls = x.split([math.prod(model.shape), model.cls_dim], 1)
+    return image.unflatten(1, model.shape), cls
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -394,26 +443,42 @@ class Refused(ValueError):
     """What users get wrong every day. The program ends with its one line, without a traceback."""
 
 
+def read_rows(array, rows):
+    """Rows of a memory-mapped array, each by one read: page faults read far more of a cold disk."""
+    if not isinstance(array, np.memmap):
+        return array[rows]
+    out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    with open(array.filename, "rb", buffering=0) as file:
+        for row, place in zip(rows, out):
+            file.seek(array.offset + int(row) * place.nbytes)
+            file.readinto(place)
+    return out
+
+
 class Latents:
-    """latents.npy (M, C or 2C, H, W), labels.npy (M,), features.npy (M, T, D) if asked for, meta.json.
+    """latents.npy (M, C or 2C, H, W), labels.npy (M,), meta.json; if asked for features.npy (M, T, D) and
+    cls.npy (M, D), the class tokens of REG.
 
     What the model sees is (latents - bias) * scale; with meta["moments"] the channels are mean and standard
     deviation, sampled first. Raises Refused for a folder that no model should be trained on."""
 
-    def __init__(self, folder, features=False):
+    def __init__(self, folder, features=False, cls=False):
         load = lambda name: np.load(f"{folder}/{name}.npy", mmap_mode="r")
         try:
             self.meta = json.loads(Path(folder, "meta.json").read_text())
-            self.latents, self.labels = load("latents"), load("labels")
-            self.features = load("features") if features else np.empty((len(self.labels), 0))
+            self.latents, self.labels = load("latents"), np.array(load("labels"))
+            nothing = np.empty((len(self.labels), 0), np.float32)
+            self.features = load("features") if features else nothing
+            self.cls = load("cls") if cls else nothing
         except (OSError, ValueError) as error:
             raise Refused(f"{folder}: {error} (--align none needs no features)") from None
+        self.arrays = self.latents, self.labels, self.features, self.cls
         self.classes, self.moments = self.meta["num_classes"], self.meta.get("moments", False)
         _, channels, self.size, _ = self.latents.shape
         self.channels = channels // 2 if self.moments else channels
         self.shape = self.channels, self.size, self.size                 # of what the model sees
-        self.feature_dim = self.features.shape[2] if features else None
-        rows = {len(self.latents), len(self.labels), len(self.features)}
+        self.feature_dim, self.cls_dim = self.features.shape[-1], self.cls.shape[-1]
+        rows = {len(array) for array in self.arrays}
         low, high = self.labels.min(), self.labels.max()
         if len(rows) > 1 or low < 0 or high >= self.classes:
             raise Refused(f"{folder}: arrays of {rows} rows, labels {low} to {high}; one number of rows and "
@@ -423,9 +488,14 @@ class Latents:
         return len(self.labels)
 
     def batch(self, rows):
-        """Rows (b,) as they lie on disk: latents, labels, features."""
-        arrays = [torch.from_numpy(a[rows]) for a in (self.latents, self.labels, self.features)]
-        return [a.pin_memory() for a in arrays] if torch.cuda.is_available() else arrays
+        """Rows (b,) as they lie on disk: latents, labels, features with the class token first, class tokens.
+
+        Features and class tokens are (b, 0) where nobody asked for them."""
+        arrays = [torch.from_numpy(read_rows(array, rows)) for array in self.arrays]
+        if self.feature_dim and self.cls_dim:                # REG aligns the class token, too
+            _, _, features, cls = arrays
+            arrays[2] = torch.cat([cls[:, None], features.to(cls)], 1)
+        return [array.pin_memory() for array in arrays] if torch.cuda.is_available() else arrays
 
     def seen(self, latents, noise):
         """What the model sees: (B, C or 2C, H, W) from disk, noise (B, C, H, W) -> (B, C, H, W) float32."""
@@ -436,9 +506,11 @@ class Latents:
         return (x - self.meta["bias"]) * self.meta["scale"]
 
     def some(self, n, seed=0, side=slice(None)):
-        """n random images, or that part of both their sides, as the model sees them (fewer if there are fewer)."""
+        """n random images, or that part of both their sides, as the model sees them; at most all."""
         rows = np.random.RandomState(seed).permutation(len(self))[:n]
-        latents, noise = torch.from_numpy(self.latents[rows, :, side, side]), None
+        parts = np.array_split(rows, math.ceil(len(rows) / 500))         # to hold few whole images at a time
+        latents = [read_rows(self.latents, part)[:, :, side, side] for part in parts]
+        latents, noise = torch.from_numpy(np.concatenate(latents)), None
         if self.moments:
             shape = len(rows), self.channels, *latents.shape[2:]
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -471,7 +543,7 @@ def rows_of(step, cfg, n):
     return np.array([permutation(cfg.seed, int(p // n), n)[p % n] for p in position])
 
 
-def prefetched(read, jobs, ahead=3):
+def prefetched(read, jobs, ahead=8):
     """read(job) for every job, in order; threads work ahead of whoever uses the results."""
     waiting = collections.deque()
     with ThreadPoolExecutor(ahead) as threads:
@@ -484,13 +556,14 @@ def prefetched(read, jobs, ahead=3):
 
 
 def draws(cfg, step, data, device):
-    """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for seen."""
+    """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for seen,
+    and the noise of the class token (N, cls_dim)."""
     random = dict(generator=torch.Generator(device).manual_seed(seed_of(cfg.seed, step - 1)), device=device)
     shape = cfg.batch, *data.shape
     eps = torch.randn(shape, **random)
     u, drop = torch.rand(2, cfg.batch, **random)
     noise = torch.randn(shape, **random) if data.moments else eps        # unused without moments
-    return eps, u, drop, noise
+    return eps, u, drop, noise, torch.randn(cfg.batch, data.cls_dim, **random)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -537,18 +610,20 @@ def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
 # VRPO: alignment as a reward, in place of REPA's loss
 
 
-def vrpo_losses(z, features, cfg, model, moments, out, x, eps, t, y, nearer=0.02, weights=(0.3, 0.5, 0.2)):
-    """VRPO's losses of our images (b,); updates moments, the moving moments of features and rewards.
+def vrpo_losses(z, features, run, cfg, model, out, x, eps, cls, eps_cls, t, y, nearer=0.02,
+                weights=(0.3, 0.5, 0.2)):
+    """VRPO's losses of our images (b,); updates run["moments"], the moving moments of features and rewards.
 
     The blocks after encoder_depth get no gradient: z ends before them, and the prediction is detached."""
-    path = fpo.PATHS[cfg.path]
+    path, moments = fpo.PATHS[cfg.path], run["moments"]
     x_t, _ = fpo.interpolate(x, eps, t, path)
     v_hat = TO_VELOCITY[cfg.predict](out.detach().float(), x_t, t, path)
     distance = fpo.perceptual_distance(fpo.x_from_velocity(v_hat, x_t, t, path), x)
     t_near = (t - nearer).clamp_min(fpo.FIRST_T[cfg.path])
     x_near, _ = fpo.interpolate(x, eps, t_near, path)
+    cls_near, _ = fpo.interpolate(cls, eps_cls, t_near, path)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bf16):
-        z_near = model(x_near, t_near, y, features="only")
+        z_near = model(x_near, t_near, y, "only", cls_near)
     moments["feature"] = fpo.moving_moments(gather(fpo.pooled(features)), moments.get("feature"))
     frechet = fpo.frechet_reward(gather_with_grad(fpo.pooled(z)), *moments["feature"])
     semantic = -fpo.alignment_loss(z, features)
@@ -560,7 +635,33 @@ def vrpo_losses(z, features, cfg, model, moments, out, x, eps, t, y, nearer=0.02
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: ours, REPA's, official SiT's
 
-FREE = "out data init steps log_every sample_every save_every bf16 compile checkpointing".split()
+FREE = ("out data init steps log_every sample_every save_every keep_every "     # flags that may change
+        "bf16 fp32 compile checkpointing").split()
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A file to write in: it is at path when all of it is on the disk, and not before."""
+    draft = f"{path}.tmp"
+    with open(draft, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def lock(folder):
+    """Keep other runs out of a folder for as long as the file returned is open. Refused if one is in it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(f"{folder}/.lock-{RANK}", "w")
+    try:
+        import fcntl                         # its lock ends with the process, however that ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass                                 # Windows has no such lock
+    except OSError:
+        raise Refused(f"another process is at work in {folder}: wait for its end, or stop it") from None
+    return file
 
 
 def checkpoints(folder):
@@ -573,16 +674,16 @@ def newest_checkpoint(folder):
     return max(checkpoints(folder), default=None)
 
 
-def save_checkpoint(cfg, step, model, ema, opt, density, moments, meta, keep=2):
-    """Write out/step-NNNNNNN.pt, whole or not at all, and remove all but the newest."""
-    state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), meta=meta,
-                 density=density, moments=moments, arch=model.arch, config=vars(cfg))
-    path = Path(cfg.out) / f"step-{step:07d}.pt"
-    with open(path.with_suffix(".tmp"), "wb") as draft:
-        torch.save(state, draft)
-        draft.flush()
-        os.fsync(draft.fileno())
-    os.replace(draft.name, path)
+def save_checkpoint(cfg, run, model, ema, opt, meta, keep=2):
+    """Write out/step-NNNNNNN.pt, and remove all but the newest; average-NNNNNNN.pt every keep_every steps."""
+    step = run["step"]
+    average = dict(step=step, ema=ema.state_dict(), meta=meta, arch=model.arch, config=vars(cfg))
+    state = dict(average, **run, model=model.state_dict(), opt=opt.state_dict())
+    with whole(f"{cfg.out}/step-{step:07d}.pt") as file:
+        torch.save(state, file)
+    if cfg.keep_every and step % cfg.keep_every == 0:
+        with whole(f"{cfg.out}/average-{step:07d}.pt") as file:
+            torch.save(average, file)
     for old in checkpoints(cfg.out)[:-keep]:
         old.unlink()
 
@@ -593,13 +694,15 @@ def read_checkpoint(path, device="cpu"):
         with torch.serialization.safe_globals([argparse.Namespace]):     # REPA's files hold one
             return torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:
-        raise Refused(f"no checkpoint that can be read: {path} ({type(error).__name__})") from None
+        older = [str(other) for other in checkpoints(Path(path).parent) if other < Path(path)]
+        advice = f": delete it to go on from {older[-1]}" if older else ""
+        raise Refused(f"no checkpoint that can be read: {path} ({type(error).__name__}){advice}") from None
 
 
 def resume(path, device, cfg, model, ema, opt):
-    """Load a checkpoint into model, ema and opt -> step, density, moments. Refused if other flags made it."""
+    """Load a checkpoint into model, ema and opt -> the run's state. Refused if other flags made it."""
     saved = read_checkpoint(path, device)
-    if "density" not in saved:
+    if "log" not in saved:
         raise Refused(f"{path} was not written by this train_sit.py: choose another --out")
     for name, value in vars(cfg).items():
         was = saved["config"].get(name, getattr(Config, name))
@@ -607,18 +710,21 @@ def resume(path, device, cfg, model, ema, opt):
             raise Refused(f"{path} was made with --{name} {was}, not {value}: choose another --out")
     for part, name in ((model, "model"), (ema, "ema"), (opt, "opt")):
         part.load_state_dict(saved[name])
-    return saved["step"], saved["density"], saved["moments"]
+    return {name: saved[name] for name in ("step", "density", "moments", "log")}
+
+
+NEW_PARTS = "projectors", "y_embedder", "cls_projectors2", "wg_norm", "final_layer.linear_cls", "pos_embed"
 
 
 def start_from(path, model, cfg):
-    """Take the weights of another checkpoint, its average. Projector and labels may differ: they stay new."""
+    """Take the weights of another checkpoint, its average. NEW_PARTS stay new where the two differ."""
     other, config = load_model(path)
     if (config["path"], config["predict"]) != (cfg.path, cfg.predict):
         raise Refused(f"--init {path} was trained with --path {config['path']} --predict {config['predict']}")
     ours, theirs = model.state_dict(), other.state_dict()
     fits = {k: v for k, v in theirs.items() if k in ours and v.shape == ours[k].shape}
     new = (ours.keys() | theirs.keys()) - fits.keys()
-    if not all(name.startswith(("projectors", "y_embedder")) for name in new):
+    if not all(name.startswith(NEW_PARTS) for name in new):
         raise Refused(f"--init {path} has another architecture: {other.arch}, not {model.arch}")
     model.load_state_dict(fits, strict=False)
     say(f"weights from {path}; new: {', '.join(sorted(new)) or 'none'}")
@@ -645,7 +751,7 @@ def load_model(path, ema=True):
 
 
 def from_published(state):
-    """REPA's or official SiT's state dict -> the state dict and the arguments of our SiT.
+    """REPA's, REG's or official SiT's state dict -> the state dict and the arguments of our SiT.
 
     SiT's time and sign run the other way: v(x, t) = -v_SiT(x, 1 - t), the first half of its 2C outputs.
     cos and sin of w (1 - t) are a rotation of cos and sin of w t: time is reversed in mlp.0, exactly."""
@@ -658,6 +764,8 @@ def from_published(state):
     arch = dict(like, size=math.isqrt(tokens) * p, channels=C, patch=p, num_classes=classes)
     if "projectors.0.4.weight" in state:
         arch["feature_dim"], arch["projector_width"] = state["projectors.0.4.weight"].shape
+    if "wg_norm.weight" in state:                            # isqrt has left its token out of size
+        arch["cls_dim"] = state["cls_projectors2.weight"].shape[1]
     if len(state[last + "bias"]) == 2 * C * p * p:
         for name in (last + "weight", last + "bias"):
             state[name] = -state[name].unflatten(0, (p * p, 2 * C))[:, :C].flatten(0, 1)
@@ -671,46 +779,27 @@ def from_published(state):
 # ----------------------------------------------------------------------------------------------------------
 # Log and pictures
 
-LOG = "step,loss,align,grad_norm,moved,ess,lr,images_per_s"                  # README says what they are
+COLUMNS = "step,loss,align,grad_norm,moved,ess,lr,images_per_s"              # README says what they are
 
 
-class Log:
-    """out/log.csv, of which the rows up to step start are kept, and the progress bar. Process 0 writes."""
+def log_row(cfg, run, recent, seconds, c, lr):
+    """Add a row to run["log"] and write out/log.csv -> the loss. Refused if a number is not finite.
 
-    def __init__(self, cfg, start):
-        from tqdm import tqdm
-        self.cfg, self.file = cfg, Path(cfg.out, "log.csv")
-        self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=RANK > 0)
-        self.restart()
-        if RANK == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            rows = self.file.read_text().splitlines()[1:] if start else []
-            rows = [row for row in rows if int(row.split(",")[0]) <= start]
-            self.file.write_text("\n".join([LOG, *rows, ""]))
-
-    def restart(self):
-        self.window, self.since = [], time.time()
-
-    def add(self, *values):
-        self.window.append(torch.stack(values))
-        self.bar.update()
-
-    def write(self, step, c, lr, moments):
-        """A row: means since the last row, and of the last weights c (N,). Refused if one is not finite."""
-        loss, align, norm = torch.stack(self.window).mean(0).tolist()
-        if not math.isfinite(loss + align + norm):
-            raise Refused(f"the loss is not finite at step {step} or shortly before; the last checkpoint: "
-                          f"{newest_checkpoint(self.cfg.out)}")
-        if moments:
-            align = -moments["reward"][0][1]                 # VRPO's own mean is 0: REPA's loss instead
-        moved, ess = fpo.weight_moved(c)
-        speed = self.cfg.batch * len(self.window) / (time.time() - self.since)
-        row = loss, align, norm, moved, ess / len(c), lr, speed
-        if RANK == 0:
-            with open(self.file, "a") as file:
-                print(step, *(f"{value:.6g}" for value in row), sep=",", file=file)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, align {align:.3f}")
-        self.restart()
+    recent: losses, alignment losses and gradient norms since the last row. c (N,): the last weights."""
+    loss, align, norm = torch.stack(recent).mean(0).tolist()
+    if not math.isfinite(loss + align + norm):
+        raise Refused(f"the loss is not finite at step {run['step']} or shortly before; the last checkpoint: "
+                      f"{newest_checkpoint(cfg.out)}")
+    if run["moments"]:
+        align = -run["moments"]["reward"][0][1]              # VRPO's own mean is 0: REPA's loss instead
+    moved, ess = fpo.weight_moved(c)
+    speed = cfg.batch * len(recent) / seconds
+    row = loss, align, norm, moved, ess / len(c), lr, speed
+    run["log"] += [f"{run['step']}," + ",".join(f"{value:.6g}" for value in row)]
+    if RANK == 0:
+        with whole(f"{cfg.out}/log.csv") as file:
+            file.write("\n".join([COLUMNS, *run["log"], ""]).encode())
+    return loss
 
 
 def to_pixels(x, meta):
@@ -731,14 +820,15 @@ def write_grid(pixels, path, columns=10):
 
 def write_pictures(model, cfg, meta, step):
     """out/samples-NNNNNNN.png: ten samples of each of the first ten classes at guidance 2."""
-    device = next(model.parameters()).device
+    device = model.pos_embed.device
     y = torch.arange(100, device=device) // 10 % model.num_classes
     generator = torch.Generator().manual_seed(cfg.seed)
-    x = torch.randn(100, model.channels, model.size, model.size, generator=generator)
+    x = torch.randn(100, math.prod(model.shape) + model.cls_dim, generator=generator)
     v = fpo.guided(as_velocity(model, cfg.predict, cfg.path), y, 2.0, null=model.num_classes)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
         x = fpo.heun(v, x.to(device), 20, fpo.FIRST_T[cfg.path])
-    write_grid(to_pixels(x, meta), Path(cfg.out, f"samples-{step:07d}.png"))
+    x, _ = split_image(model, x)
+    write_grid(to_pixels(x, meta), f"{cfg.out}/samples-{step:07d}.png")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -750,15 +840,25 @@ def say(message):
         print(message, flush=True)
 
 
-def start_processes():
-    """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all."""
+def start_processes(strict=True):
+    """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all.
+
+    strict: products of float32 are float32 on a GPU, too, and not TF32, which is several times faster."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
     return device
+
+
+def compile_blocks(model):
+    torch._dynamo.config.optimize_ddp = False                # or it cuts the blocks at DDP's gradient buckets
+    for block in model.blocks:
+        block.compile()
 
 
 def gather(x):
@@ -773,9 +873,9 @@ def gather(x):
 
 def gather_with_grad(x):
     """The same with world times the gradient in our own rows, since DistributedDataParallel averages."""
-    everyone, first = gather(x), RANK * len(x)
-    ours = WORLD * x - (WORLD - 1) * x.detach()
-    return torch.cat([everyone[:first], ours, everyone[first + len(x):]])
+    everyone, b = gather(x).clone(), len(x)
+    everyone[RANK * b:RANK * b + b] = WORLD * x - (WORLD - 1) * x.detach()
+    return everyone
 
 
 @torch.no_grad()
@@ -827,8 +927,9 @@ def parse_flags(kind, choices, lowest, highest, argv, description):
     """An instance of the dataclass kind: a flag for each field, its comments as help and as headings.
 
     Numbers are finite, at least 0 or as lowest says, and at most as highest says."""
-    layout = functools.partial(argparse.RawTextHelpFormatter, max_help_position=26)
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=description,
+        formatter_class=functools.partial(argparse.RawTextHelpFormatter, max_help_position=26))
     parser.error = fail
     lines = re.findall(r"^    (?:# (.*)|(\w+): .*  # (.*))$", inspect.getsource(kind), re.M)
     for heading, name, help in lines:
@@ -852,10 +953,14 @@ def parse_flags(kind, choices, lowest, highest, argv, description):
 
 
 def check(cfg, data):
-    """Raise Refused for flags that do not fit the data or the processes."""
+    """Raise Refused for flags that do not fit the data, the processes or each other."""
     tokens = (data.size // MODELS[cfg.model]["patch"]) ** 2
     if cfg.align == "vrpo" and cfg.align_policy != "uniform":
         raise Refused("--align vrpo has weights of its own: add --align_policy uniform")
+    if cfg.reg_weight and (cfg.predict, cfg.loss, cfg.projector) != ("v", "v", "mlp"):
+        raise Refused("--reg_weight goes with --predict v, --loss v and --projector mlp")
+    if cfg.keep_every % cfg.save_every:
+        raise Refused(f"--keep_every {cfg.keep_every}: a multiple of --save_every is accepted")
     if cfg.batch % WORLD:
         raise Refused(f"--batch {cfg.batch} is of all processes: a multiple of {WORLD} is accepted")
     if data.feature_dim and data.features.shape[1] != tokens:

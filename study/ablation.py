@@ -50,6 +50,24 @@ MAIN = {
     "REPA + logit-normal": f"{NO_FPO} --timesteps logit_normal",
     "REPA + VR (network)": f"{NO_FPO} --timesteps vr_loss",
 }
+# The second edition: with the batch, learning rate and steps that are the default of train_sit.py now.
+SWITCHES = {
+    "REPA": REPA,
+    "REG": f"{REPA} --reg_weight 0.03",
+    "REG + FPO": f"{FPO} --reg_weight 0.03",
+    "plain SiT": f"{REPA} --align none",
+    "REPA + FPO": FPO,
+    "REPA + logit-normal": f"{NO_FPO} --timesteps vr_logit_normal",
+    "REPA + FPO + logit-normal": "--timesteps vr_logit_normal",
+    "REPA + FPO, groups of 32": f"{FPO} --group 32",
+    "REPA + FPO, groups of 16": f"{FPO} --group 16",
+    "REPA + FPO, groups of 8": f"{FPO} --group 8",
+    "VRPO": f"{REPA} --align vrpo",
+    "iREPA": f"{REPA} --align spatial --projector conv",
+    "REPA, stopped half-way": f"{REPA} --align_until 700",
+    "REPA, weighed away from noise": f"{REPA} --align_policy early",
+    "REPA, FPO at t ≥ 0.9 alone": f"{FPO} --policy uniform",
+}
 BASE = {"REPA": "plain SiT", "VRPO + FPO + VR": "REPA + FPO + VR"}       # all others are compared with REPA
 GRID = {
     "REPA": REPA,
@@ -93,6 +111,7 @@ SMALL = "--model micro --lr 8e-3 --warmup 50 --steps 600 --save_every 600 --samp
 STEPS = 350, 700, 1400
 GROUPS = {                                   # flags of all its runs, checkpoints measured, runs
     "default": ("--sample_every 9999", STEPS, MAIN),
+    "switches": ("--batch 64 --lr 3e-3 --bf16 --sample_every 9999", STEPS, SWITCHES),
     "grid": (SMALL, [600], GRID),
     "batch": (SMALL, [600], BATCH),
     "pairs": (f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
@@ -186,7 +205,7 @@ def study(seeds, at_once):
     groups = [(group, name) for group, (_, _, runs) in GROUPS.items() for name in runs]
     jobs = [(group, name, seed) for seed in range(seeds) for group, name in groups]
     todo = [job for job in jobs if job not in have]
-    data = train_sit.Latents(font_digits.ensure(ROOT / train_sit.Config.data), features=True)
+    data = train_sit.Latents(font_digits.ensure(ROOT / train_sit.Config.data), features=True, cls=True)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(at_once) as pool:                # after an error no other run begins
         for k, rows in enumerate(pool.map(lambda job: run(*job, data), todo), 1):

@@ -10,16 +10,22 @@ import train_sit
 
 
 def noised(data, t):
-    """Images of the data at times t (n,), the same for every model -> x_t, v, labels, features (n, ...)."""
+    """Images of the data at times t (n,), the same for every model -> x_t, v, labels, features, cls_t."""
     rows = np.random.RandomState(1).permutation(len(data))[:len(t)]
-    latents, labels, features = data.batch(rows)
+    latents, labels, features, cls = data.batch(rows)
     random = torch.Generator().manual_seed(1)
     shape = data.channels, data.size, data.size
     parts = [torch.randn(2, len(part), *shape, generator=random) for part in t.split(200)]
     noise, eps = torch.cat(parts, 1)
     x = data.seen(latents, noise)
     x_t, v = fpo.interpolate(x, eps, t)
-    return x_t, v, labels, features
+    cls_t, _ = fpo.interpolate(cls, torch.randn(cls.shape, generator=random), t)
+    return x_t, v, labels, patches(features, data), cls_t
+
+
+def patches(tokens, data):
+    """tokens (n, T, D) without REG's class token, if that is the first of them."""
+    return tokens[:, -data.features.shape[1]:]
 
 
 @torch.no_grad()
@@ -28,10 +34,10 @@ def data_losses(model, data, n, predict="v"):
 
     They compare models however those drew t in training. Without a projector the alignment losses are NaN."""
     t = (torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 0.5) / n
-    x_t, v, labels, features = noised(data, t)
-    out, z = model(x_t, t, labels, features=True)
+    x_t, v, labels, features, cls_t = noised(data, t)
+    out, z, _ = model(x_t, t, labels, features=True, cls=cls_t)
     v_hat = train_sit.TO_VELOCITY[predict](out, x_t, t, fpo.linear)
-    A = t * math.nan if z is None else fpo.alignment_loss(z, features)
+    A = t * math.nan if z is None else fpo.alignment_loss(patches(z, data), features)
     return t, fpo.velocity_loss(v_hat, v), A
 
 
@@ -41,13 +47,13 @@ def hidden_measures(model, data, t=0.1, n=4000):
 
     -> the cosine of its projected tokens with the encoder's; CKNNA and linear probe of its mean tokens."""
     t = torch.full((n,), t)
-    x_t, _, labels, features = noised(data, t)
+    x_t, _, labels, features, cls_t = noised(data, t)
     hidden = []
     block = model.blocks[model.encoder_depth - 1]
     no_class = torch.full_like(labels, model.num_classes)
-    with block.register_forward_hook(lambda block, inputs, h: hidden.append(h.mean(1))):
-        _, z = model(x_t, t, no_class, features=True)
-    cosine = math.nan if z is None else -fpo.alignment_loss(z, features).mean().item()
+    with block.register_forward_hook(lambda block, inputs, h: hidden.append(patches(h, data).mean(1))):
+        _, z, _ = model(x_t, t, no_class, features=True, cls=cls_t)
+    cosine = math.nan if z is None else -fpo.alignment_loss(patches(z, data), features).mean().item()
     likeness = cknna(hidden[0], fpo.pooled(features))
     return cosine, likeness, linear_probe(hidden[0], labels, data.classes)
 
