@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,11 +49,13 @@ def run(flags, steps, out):
 
 
 def forward_flops(arch):
-    """Floating-point operations for one image, forward. Nothing is computed, only counted."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = train_sit.SiT(**arch)
-        x = torch.zeros(1, model.channels, model.size, model.size)
-        model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), features=True)
+    """Floating-point operations for one image, forward."""
+    model = train_sit.SiT(**arch)
+    x, t, y = torch.zeros(1, *model.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    cls = torch.zeros(1, model.cls_dim) if model.cls_dim else None
+    # The fast kernels of attention are not counted on a CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, t, y, features=True, cls=cls)
     return counter.get_total_flops()
 
 
@@ -81,7 +84,8 @@ def main(argv=None):
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if CUDA:
             memory = torch.cuda.max_memory_allocated()
-        data, random = train_sit.Latents(cfg.data, features=cfg.align != "none"), np.random.RandomState(0)
+        data = train_sit.Latents(cfg.data, features=cfg.align != "none", cls=cfg.reg_weight > 0)
+        random = np.random.RandomState(0)
         batches = calls_a_second(lambda: data.batch(random.randint(0, len(data), cfg.batch)))
     n, dtype = 4096 if CUDA else 1024, torch.bfloat16 if cfg.bf16 else torch.float32
     a = torch.randn(n, n, device="cuda" if CUDA else "cpu").to(dtype)
