@@ -1524,6 +1524,12 @@ def test_a_second_program_in_the_same_folder_ends_with_one_line(folder, trained,
     assert run(argv, module) is None
 
 
+def test_a_disk_without_locks_is_good_enough(tmp_path, monkeypatch):
+    import fcntl
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
+    train_sit.lock(tmp_path).close()
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")

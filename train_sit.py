@@ -657,10 +657,10 @@ def lock(folder):
     try:
         import fcntl                         # its lock ends with the process, however that ends
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass                                 # Windows has no such lock
-    except OSError:
+    except BlockingIOError:
         raise Refused(f"another process is at work in {folder}: wait for its end, or stop it") from None
+    except (ImportError, OSError):
+        pass                                 # Windows and some network disks have no such lock
     return file
 
 
@@ -858,7 +858,7 @@ def start_processes(strict=True):
 def compile_blocks(model):
     torch._dynamo.config.optimize_ddp = False                # or it cuts the blocks at DDP's gradient buckets
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=False)         # sampling has two shapes, with and without guidance
 
 
 def gather(x):
