@@ -5,7 +5,7 @@ r"""Train a SiT by flow matching with representation alignment (REPA), FPO and V
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 \
         --batch 256 --steps 400000 --warmup 0 --ema 0.9999 --save_every 10000 --sample_every 10000
 
-The method is fpo.py's. The first 220 lines are the flags, what is optimised, and the training loop; below
+The method is fpo.py's. The first 230 lines are the flags, what is optimised, and the training loop; below
 stands what the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
 Letters: b images of this process, N of all (the global batch), T tokens, D width. Everything random is
 drawn for the global batch, from (seed, step), and every process takes its slice: a run does not depend on

@@ -68,7 +68,12 @@ SWITCHES = {
     "REPA, weighed away from noise": f"{REPA} --align_policy early",
     "REPA, FPO at t ≥ 0.9 alone": f"{FPO} --policy uniform",
 }
-BASE = {"REPA": "plain SiT", "VRPO + FPO + VR": "REPA + FPO + VR"}       # all others are compared with REPA
+BASE = {                                     # all others are compared with REPA
+    "REPA": "plain SiT",
+    "VRPO + FPO + VR": "REPA + FPO + VR",
+    "REG + FPO": "REG",
+    "REPA + FPO + logit-normal": "REPA + logit-normal",
+}
 GRID = {
     "REPA": REPA,
     "VRPO": f"{REPA} --align vrpo",
@@ -261,19 +266,22 @@ def gap_cells(table, runs, which):
     return [cell(*table.gap(*runs, measure), digits[measure], "+") for measure in which]
 
 
-def print_group(table, group, title, names, against=""):
-    """Means of some runs, and the differences of all but the first from what they are compared with."""
+def print_group(table, group, title, names=None, against=""):
+    """Means of some runs, and the differences of all but the first from what they are compared with.
+
+    Runs with fewer than three seeds, of a study that is not at its end, are left out."""
     head = ["", *(measure for measure, _ in MEASURES.values())]
+    done = [name for name in GROUPS[group][2] if len(table.values(group, name, "loss")) > 2]
     seeds = len(table.values(group, "REPA", "loss"))
     print(f"\n{title}: mean ± standard deviation over {seeds} seeds")
     rows = [head]
-    for name in names:
+    for name in done if names is None else names:
         values = {measure: table.values(group, name, measure) for measure in MEASURES}
         rows += [[name, *(cell(v.mean(), v.std(ddof=1), MEASURES[m][1]) for m, v in values.items())]]
     toy2d.print_table(rows)
     print(f"\n{title}: paired difference ± 95 % (the loss in %){against}")
     rows = [head]
-    for name in list(GROUPS[group][2])[1:]:
+    for name in done[1:]:
         base = BASE.get(name, "REPA")
         label = name if against else f"{name} vs {base}"
         rows += [[label, *gap_cells(table, (group, name, base), MEASURES)]]
@@ -434,7 +442,8 @@ def draw_densities(table):
 def draw(folder):
     """Print every table, and write every figure into a folder."""
     table = Table()
-    print_group(table, "default", "the default run, 1,400 steps", MAIN)
+    print_group(table, "switches", "the switches, batch 64, 1,400 steps")
+    print_group(table, "default", "batch 128, 1,400 steps")
     print_group(table, "grid", "the grid, --model micro, 600 steps", ["REPA"], " from REPA")
     print_batches(table)
     print_shares(table)
