@@ -554,6 +554,40 @@ def euler_maruyama(v, x, steps, path=linear, w=2.0, last=0.04, generator=None, e
 
 
 # ----------------------------------------------------------------------------------------------------------
+# MeanFlow: the average velocity u(z_t, r, t) = (z_t - z_r) / (t - r) samples in one step [MF]. Along the flow
+# u = v - (t - r) du/dt. Below, u is any callable u(z, r, t) with r <= t (B,).
+
+
+@torch.no_grad()
+def mean_flow_target(u, z, r, t, v, tangent):
+    """T = v - (t - r) (d_z u tangent + d_t u), on which u(z, r, t) is regressed [MF]; T = v where r = t.
+
+    z, v, tangent (B, ...), r, t (B,) -> (B, ...), no gradient. tangent = E[v | z] + lambda xi, xi = v - E[v | z]:
+    E[T | z] is the same for every lambda, its noise is (I - lambda A) xi, A = (t - r) d_z u [LV]. lambda = 1
+    (tangent v) is [MF]; 0 is improved MeanFlow, which puts its own u(z, t, t) for the unknown E[v | z]."""
+    z, r, t, tangent = (a.contiguous() for a in (z, r, t, tangent))          # jvp refuses expanded tensors
+    _, du = torch.func.jvp(u, (z, r, t), (tangent, torch.zeros_like(r), torch.ones_like(t)))
+    ones = [1] * (z.ndim - t.ndim)
+    return v - (t - r).reshape(*t.shape, *ones) * du
+
+
+def control_coefficient(xi, A_xi):
+    """lambda* = sum xi . A xi / sum |A xi|^2, where sum |xi - lambda A xi|^2 is least [LV]: one shape -> scalar.
+
+    To use it in a target take it from earlier batches: the same batch's would bias E[T | z]."""
+    return (xi * A_xi).sum() / A_xi.square().sum()
+
+
+@torch.no_grad()
+def mean_flow(u, x, steps=1):
+    """x <- x - (t - r) u(x, r, t), t = 1 to 0; with the exact u without error at any steps [MF]. NFE = steps."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    for t, r in zip(times, times[1:]):
+        x = x - (t - r) * u(x, x.new_full((len(x),), r), x.new_full((len(x),), t))
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Visual Representation Policy Optimization: representation alignment as a reward
 #
 # [VRPO]'s equations are blank in its text. This is a reconstruction from its prose, propositions and

@@ -140,10 +140,15 @@ def new_nets(seeds):
     return params
 
 
-def forward(params, x_t, t):
-    """v_theta, every seed by its own network: x_t (S, n, 2), t (S, n), (S,) or () -> (S, n, 2)."""
+def forward(params, x_t, t, r=None):
+    """v_theta, every seed by its own network: x_t (S, n, 2), t (S, n), (S,) or () -> (S, n, 2).
+
+    With r, as t, it is u_theta(x_t, r, t), whose waves are slow: faster ones make du/dt unstable."""
     t = per_point(t, x_t)[..., None]
     waves = math.pi * t * torch.tensor([1.0, 2, 4, 8])
+    if r is not None:
+        gap = t - per_point(r, x_t)[..., None]
+        waves = math.pi * torch.cat([t / 2, t, gap / 2, gap], -1)
     angle = torch.cat([2 * x_t, 4 * x_t, waves], -1)
     h = torch.cat([x_t, angle.sin(), angle.cos()], -1)                  # (S, n, 18)
     for k in range(0, len(params), 2):
@@ -609,6 +614,135 @@ def sampler_figure(table, adaptive, adaptive_distances):
         f"At 16 evaluations Heun is {at_16['Heun']:.3f} from the data and Euler {at_16['Euler']:.3f};\n"
         f"Euler-Maruyama (w = 2) is {at_16['Euler-Maruyama, w = 2']:.3f}, "
         f"independent exact samples are {at_16['independent exact samples']:.3f}")
+
+
+# ---- 5. meanflow -----------------------------------------------------------------------------------------
+LAMBDAS = 1, 0.75, 0.5, 0.25, 0
+
+
+def pairs(sets, seeds, n=N):
+    """Yields z (D S, n, 2), r <= t (D S, n), v and E[v | z] like z, for D data sets; r = t in the first half."""
+    streams = [batches(data, seeds, n) for _, data in sets]
+    while True:
+        parts = []
+        for (_, data), stream in zip(sets, streams):
+            x, eps, u = next(stream)
+            other = u[:, :n // 2].repeat(1, 2)                          # in the second half independent of u
+            t = torch.maximum(u, other)
+            z, v = fpo.interpolate(x, eps, t)
+            parts.append([z, torch.minimum(u, other), t, v, data.velocity(z, t)])
+        yield [torch.cat(part) for part in zip(*parts)]
+
+
+class Running:
+    """sum a / sum b over earlier batches, older ones fading, in side x side cells of t and t - r."""
+
+    def __init__(self, side):
+        self.side = side
+        self.sums = torch.ones(2, 1, side * (side + 1))                 # so that all ratios start at 1
+
+    def __call__(self, a, b, r, t):
+        """The ratio in every one's cell: a, b, r, t (S, n) -> (S, n)."""
+        column = (self.side * (t - r)).ceil().long()                    # 0 where r = t
+        cell = (self.side + 1) * (self.side * t).long() + column
+        cell = cell.expand(2, -1, -1)
+        sums = self.sums.expand(2, len(t), -1)
+        self.sums = (0.99 * sums).scatter_add(2, cell, torch.stack([a, b]))
+        above, below = sums.gather(2, cell)
+        return above / below
+
+
+def target(u, z, r, t, v, tangent):
+    """MeanFlow's T. In the first half of a batch r = t, so that T is v without a product."""
+    h = z.shape[1] // 2
+    late = fpo.mean_flow_target(u, *(a[:, h:] for a in (z, r, t, v, tangent)))
+    return torch.cat([v[:, :h], late], 1)
+
+
+def at(lam):
+    """T_lam with the exact E[v | z] = mean."""
+    return lambda u, z, r, t, v, mean: target(u, z, r, t, v, mean + lam * (v - mean))
+
+
+def own(u, z, r, t, v, mean):
+    """T_0 with the network's own velocity in place of E[v | z]."""
+    with torch.no_grad():
+        tangent = u(z, t, t)
+    return target(u, z, r, t, v, tangent)
+
+
+def oracle(u, z, r, t, v, mean):
+    """E[T | z]: no noise at all."""
+    return target(u, z, r, t, mean, mean)
+
+
+def best(side):
+    """T_lam with the coefficient lam* of earlier batches, in each of side x side cells."""
+    earlier = Running(side)
+
+    def best_target(u, z, r, t, v, mean):
+        T, xi = target(u, z, r, t, v, mean), v - mean
+        A_xi = T - target(u, z, r, t, v, v)
+        lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
+        return T - lam[..., None] * A_xi
+
+    return best_target
+
+
+def weightings():
+    """name -> function of losses, r and t (S, n) that gives weights; MeanFlow's p is 1 here."""
+    mean_loss = Running(5)
+    return {
+        "no weights": lambda L, r, t: torch.ones_like(L),
+        "adaptive": lambda L, r, t: 1 / (L + 1e-3),
+        "adaptive in cells": lambda L, r, t: 1 / (mean_loss(L, torch.ones_like(L), r, t) + 1e-3)}
+
+
+def train_mean_flow(stream, nets, method, weights, stops):
+    """As train, on w |u - T|^2, by all weights at once: yields the averaged parameters (W S, ...) at stops."""
+    W = len(weights)
+    params = [p.repeat(W, 1, 1).requires_grad_() for p in nets]
+    average = [p.detach().clone() for p in params]
+    adam = torch.optim.Adam(params, lr=RATE, fused=True)
+    u = lambda z, r, t: forward(params, z, t, r)
+    for step, batch in enumerate(stream, 1):
+        copies = [torch.cat([a] * W) for a in batch]
+        z, r, t, _, _ = copies
+        T = method(u, *copies)
+        L = (u(z, r, t) - T).square().sum(-1)                           # (W S, N)
+        parts = [L.detach(), r, t]
+        parts = zip(*(a.chunk(W) for a in parts))
+        c = torch.cat([weigh(*part) for weigh, part in zip(weights, parts)])
+        adam.zero_grad()
+        (c * L).mean(1).sum().backward()
+        adam.step()
+        for a, p in zip(average, params):
+            a.lerp_(p.detach(), 1 - min(EMA, step / (step + 9)))
+        if step in stops:
+            yield [a.clone() for a in average]
+
+
+def loss_parts(u, batch, method):
+    """Mean where r < t of the loss, of its noise |T - E[T | z]|^2, of the error |u - E[T | z]|^2 -> (S, 3)."""
+    T, mean_T = method(u, *batch), oracle(u, *batch)
+    z, r, t, _, _ = batch
+    u = u(z, r, t)
+    parts = torch.stack([u - T, T - mean_T, u - mean_T], -1)
+    return parts[:, len(z[0]) // 2:].square().sum(2).mean(1)
+
+
+def gradients(params, stream):
+    """Gradient of the loss at lam = 0 and at lam = 1 for every batch: -> (2, batches, S, P)."""
+    params = [p.requires_grad_() for p in params]
+    u = lambda z, r, t: forward(params, z, t, r)
+    rows = []
+    for batch in stream:
+        z, r, t, _, _ = batch
+        for lam in (0, 1):
+            L = (u(z, r, t) - at(lam)(u, *batch)).square().sum(-1).mean(1)
+            g = torch.autograd.grad(L.sum(), params)
+            rows.append(torch.cat([one.flatten(1) for one in g], 1))
+    return torch.stack([torch.stack(rows[::2]), torch.stack(rows[1::2])])
 
 
 # ---- The command line ------------------------------------------------------------------------------------
