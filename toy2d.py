@@ -14,6 +14,7 @@ Letters: S seeds, N batch, n samples, T timesteps, K mixture components."""
 import argparse
 import math
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -169,25 +170,36 @@ def batches(data, seeds, n=N, block=50):
         yield from zip(x.split(n, 1), eps.split(n, 1), u.split(n, 1))
 
 
+def fit(nets, stream, loss, steps, ema=EMA, name=""):
+    """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters."""
+    params = [p.requires_grad_() for p in nets]
+    average = [p.detach().clone() for p in params]
+    adam = torch.optim.Adam(params, lr=RATE, fused=True)
+    bar = trange(1, steps + 1, desc=name, leave=False)
+    for step, batch in zip(bar, stream):
+        L = loss(params, *batch)
+        adam.zero_grad()
+        L.sum().backward()
+        adam.step()
+        for a, p in zip(average, params):
+            a.lerp_(p.detach(), 1 - min(ema, step / (step + 9)))        # a shorter average at first
+        yield L.detach(), average
+
+
 def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA, name=""):
     """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters.
 
     The seeds share no number: the gradient of the sum of their losses is each one's own, and Adam works
     element by element."""
-    params = [p.requires_grad_() for p in new_nets(seeds)]
-    average = [p.detach().clone() for p in params]
-    adam = torch.optim.Adam(params, lr=RATE, fused=True)
-    bar = trange(1, steps + 1, desc=name, leave=False)
-    for step, (x, eps, u) in zip(bar, batches(data, seeds)):
+    def loss(params, x, eps, u):
         t = timesteps(u)                                                # (S, N)
         x_t, v = fpo.interpolate(x, eps, t, path)
         L = (forward(params, x_t, t) - v).square().mean(-1)             # (S, N)
         c = weights(L.detach(), t)
-        adam.zero_grad()
-        (c * L).mean(1).sum().backward()
-        adam.step()
-        for a, p in zip(average, params):
-            a.lerp_(p.detach(), 1 - min(ema, step / (step + 9)))        # a shorter average at first
+        return (c * L).mean(1)
+
+    for _, average in fit(new_nets(seeds), batches(data, seeds), loss, steps, ema, name):
+        pass
     return average
 
 
@@ -255,6 +267,15 @@ def print_means(title, columns, table, digits=2):
         mean, _, high = interval(values)
         rows.append([label, *(f"{m:.{digits}f} +-{h - m:.{digits}f}" for m, h in zip(mean, high))])
     print("\n" + title)
+    print_table(rows)
+
+
+def print_ratios(title, columns, table):
+    """A row for each label -> what paired_ratio gives."""
+    rows = [[title, *columns]]
+    for label, ratio in table.items():
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in zip(*ratio)]
+        rows.append([label, *cells])
     print_table(rows)
 
 
@@ -513,11 +534,7 @@ def race(args):
         del scores["exact velocity"]
         uniform = scores["uniform"]
         results[name] = {method: paired_ratio(score, uniform) for method, score in scores.items()}
-        rows = [["ratio to uniform [95 %]", *MEASURES]]
-        for method, ratio in results[name].items():
-            cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in zip(*ratio)]
-            rows.append([method, *cells])
-        print_table(rows)
+        print_ratios("ratio to uniform [95 %]", MEASURES, results[name])
     return race_figure(args.steps, results, bias(args.seeds, args.steps * 3 // 2))
 
 
@@ -617,136 +634,164 @@ def sampler_figure(table, adaptive, adaptive_distances):
 
 
 # ---- 5. meanflow -----------------------------------------------------------------------------------------
-LAMBDAS = 1, 0.75, 0.5, 0.25, 0
+WEIGHTINGS = "no weights", "adaptive", "adaptive by cell"
+LAMBDAS = [1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -0.75]
 
 
-def pairs(sets, seeds, n=N):
-    """Yields z (D S, n, 2), r <= t (D S, n), v and E[v | z] like z, for D data sets; r = t in the first half."""
-    streams = [batches(data, seeds, n) for _, data in sets]
-    while True:
-        parts = []
-        for (_, data), stream in zip(sets, streams):
-            x, eps, u = next(stream)
-            other = u[:, :n // 2].repeat(1, 2)                          # in the second half independent of u
-            t = torch.maximum(u, other)
-            z, v = fpo.interpolate(x, eps, t)
-            parts.append([z, torch.minimum(u, other), t, v, data.velocity(z, t)])
-        yield [torch.cat(part) for part in zip(*parts)]
+def pairs(data, seeds, count):
+    """Yields z (S, N, 2), r <= t (S, N), v, E[v | z], count times; r = t in the first half of every batch."""
+    for x, eps, u in islice(batches(data, seeds), count):
+        other = u[:, :N // 2].repeat(1, 2)                              # independent of u in the second half
+        t = torch.maximum(u, other)
+        z, v = fpo.interpolate(x, eps, t)
+        yield z, torch.minimum(u, other), t, v, data.velocity(z, t)
 
 
-class Running:
-    """sum a / sum b over earlier batches, older ones fading, in side x side cells of t and t - r."""
+def running(side):
+    """sum a / sum b over earlier batches, older ones fading, in side x side cells of r and t; 1 at first."""
+    sums = torch.ones(2, side ** 2)
 
-    def __init__(self, side):
-        self.side = side
-        self.sums = torch.ones(2, 1, side * (side + 1))                 # so that all ratios start at 1
-
-    def __call__(self, a, b, r, t):
-        """The ratio in every one's cell: a, b, r, t (S, n) -> (S, n)."""
-        column = (self.side * (t - r)).ceil().long()                    # 0 where r = t
-        cell = (self.side + 1) * (self.side * t).long() + column
-        cell = cell.expand(2, -1, -1)
-        sums = self.sums.expand(2, len(t), -1)
-        self.sums = (0.99 * sums).scatter_add(2, cell, torch.stack([a, b]))
-        above, below = sums.gather(2, cell)
+    def ratio(a, b, r, t):                                              # (S, n) each -> (S, n)
+        nonlocal sums
+        cell = side * (side * r).long() + (side * t).long()
+        inside = torch.nn.functional.one_hot(cell, side ** 2).to(a)
+        above, below = (sums @ inside.mT).unbind(1)
+        sums = 0.99 * sums + torch.stack([a, b], 1) @ inside
         return above / below
 
-
-def target(u, z, r, t, v, tangent):
-    """MeanFlow's T. In the first half of a batch r = t, so that T is v without a product."""
-    h = z.shape[1] // 2
-    late = fpo.mean_flow_target(u, *(a[:, h:] for a in (z, r, t, v, tangent)))
-    return torch.cat([v[:, :h], late], 1)
+    return ratio
 
 
-def at(lam):
-    """T_lam with the exact E[v | z] = mean."""
-    return lambda u, z, r, t, v, mean: target(u, z, r, t, v, mean + lam * (v - mean))
+def at(lam, u, points, v, mean):
+    """MeanFlow's target at points z, r, t, the tangent mean + lam (v - mean); mean = E[v | z] is exact here."""
+    return fpo.mean_flow_target(u, *points, v, mean + lam * (v - mean))
 
 
-def own(u, z, r, t, v, mean):
-    """T_0 with the network's own velocity in place of E[v | z]."""
-    with torch.no_grad():
-        tangent = u(z, t, t)
-    return target(u, z, r, t, v, tangent)
+def own(u, points, v, mean):
+    """lam = 0, with the network's own velocity for the exact one."""
+    z, _, t = points
+    return at(0, u, points, v, u(z, t, t).detach())
 
 
-def oracle(u, z, r, t, v, mean):
-    """E[T | z]: no noise at all."""
-    return target(u, z, r, t, mean, mean)
+def best(earlier, u, points, v, mean):
+    """The coefficient lam* of earlier batches."""
+    _, r, t = points
+    T = at(0, u, points, v, mean)
+    xi, A_xi = v - mean, T - at(1, u, points, v, mean)
+    lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
+    return T - lam[..., None] * A_xi
 
 
-def best(side):
-    """T_lam with the coefficient lam* of earlier batches, in each of side x side cells."""
-    earlier = Running(side)
-
-    def best_target(u, z, r, t, v, mean):
-        T, xi = target(u, z, r, t, v, mean), v - mean
-        A_xi = T - target(u, z, r, t, v, v)
-        lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
-        return T - lam[..., None] * A_xi
-
-    return best_target
-
-
-def weightings():
-    """name -> function of losses, r and t (S, n) that gives weights; MeanFlow's p is 1 here."""
-    mean_loss = Running(5)
-    return {
-        "no weights": lambda L, r, t: torch.ones_like(L),
-        "adaptive": lambda L, r, t: 1 / (L + 1e-3),
-        "adaptive in cells": lambda L, r, t: 1 / (mean_loss(L, torch.ones_like(L), r, t) + 1e-3)}
-
-
-def train_mean_flow(stream, nets, method, weights, stops):
-    """As train, on w |u - T|^2, by all weights at once: yields the averaged parameters (W S, ...) at stops."""
-    W = len(weights)
-    params = [p.repeat(W, 1, 1).requires_grad_() for p in nets]
-    average = [p.detach().clone() for p in params]
-    adam = torch.optim.Adam(params, lr=RATE, fused=True)
+def mean_flow_loss(target, usual, params, *batch):
+    """Mean of w |u - T|^2 -> (3 S,), S networks for each of WEIGHTINGS; MeanFlow's adaptive ones with p = 1."""
     u = lambda z, r, t: forward(params, z, t, r)
-    for step, batch in enumerate(stream, 1):
-        copies = [torch.cat([a] * W) for a in batch]
-        z, r, t, _, _ = copies
-        T = method(u, *copies)
-        L = (u(z, r, t) - T).square().sum(-1)                           # (W S, N)
-        parts = [L.detach(), r, t]
-        parts = zip(*(a.chunk(W) for a in parts))
-        c = torch.cat([weigh(*part) for weigh, part in zip(weights, parts)])
-        adam.zero_grad()
-        (c * L).mean(1).sum().backward()
-        adam.step()
-        for a, p in zip(average, params):
-            a.lerp_(p.detach(), 1 - min(EMA, step / (step + 9)))
-        if step in stops:
-            yield [a.clone() for a in average]
+    *points, v, mean = (a[:, N // 2:] for a in batch)
+    late = target(u, points, v, mean)
+    z, r, t, v, _ = batch
+    T = torch.cat([v[:, :N // 2], late], 1)                             # T = v where r = t
+    L = (u(z, r, t) - T).square().sum(-1)                               # (3 S, N)
+    ones = torch.ones_like(L)
+    scales = ones, L.detach(), usual(L.detach(), ones, r, t)
+    scale = torch.cat([one.chunk(3)[k] for k, one in enumerate(scales)])
+    return (L / (scale + 1e-3)).mean(1)
 
 
-def loss_parts(u, batch, method):
-    """Mean where r < t of the loss, of its noise |T - E[T | z]|^2, of the error |u - E[T | z]|^2 -> (S, 3)."""
-    T, mean_T = method(u, *batch), oracle(u, *batch)
-    z, r, t, _, _ = batch
-    u = u(z, r, t)
-    parts = torch.stack([u - T, T - mean_T, u - mean_T], -1)
-    return parts[:, len(z[0]) // 2:].square().sum(2).mean(1)
-
-
-def gradients(params, stream):
-    """Gradient of the loss at lam = 0 and at lam = 1 for every batch: -> (2, batches, S, P)."""
+def gradient_variance(params, stream):
+    """Variance of the gradient at LAMBDAS over that at lam = 1, without weights (S, 8); and lam* (S,)."""
     params = [p.requires_grad_() for p in params]
-    u = lambda z, r, t: forward(params, z, t, r)
-    rows = []
+    gradients = []                                                      # linear in lam: two are enough
     for batch in stream:
-        z, r, t, _, _ = batch
         for lam in (0, 1):
-            L = (u(z, r, t) - at(lam)(u, *batch)).square().sum(-1).mean(1)
+            L = mean_flow_loss(partial(at, lam), running(1), params, *batch)
             g = torch.autograd.grad(L.sum(), params)
-            rows.append(torch.cat([one.flatten(1) for one in g], 1))
-    return torch.stack([torch.stack(rows[::2]), torch.stack(rows[1::2])])
+            gradients.append(torch.cat([p.flatten(1) for p in g], 1))
+    g = torch.stack(gradients, 1)[:len(L) // 3]
+    zero, one = (part - part.mean(1, True) for part in (g[:, ::2], g[:, 1::2]))
+    V = [(zero + lam * (one - zero)).square().sum((1, 2)) for lam in LAMBDAS]
+    best_lam = [fpo.control_coefficient(*pair) for pair in zip(zero, zero - one)]
+    return torch.stack(V, 1) / V[0][:, None], torch.stack(best_lam)
+
+
+def one_step(name, data, seeds, steps):
+    """Trains every method -> its samples (3 S, n, 2), and loss and distance (2, S, 5) in time, without weights."""
+    S, three = len(seeds), seeds * 3                                    # a network for each of WEIGHTINGS
+    stream = list(pairs(data, three, steps))
+    exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]
+    z = noise(1024, [1 + seed for seed in three])
+    y = fpo.heun(data.velocity, noise(4096, [0])[0], 100)
+    methods = {f"λ = {lam}": (partial(at, lam), stream) for lam in LAMBDAS[:5]} | {
+        "λ*": (partial(best, running(1)), stream),
+        "λ* by cell": (partial(best, running(5)), stream),
+        "own velocity": (own, stream),
+        "oracle": (partial(at, 0), exact)}
+    samples, curves = {}, {}
+    for method, (target, batches_of) in methods.items():
+        loss = partial(mean_flow_loss, target, running(5))
+        losses, distances = [], []
+        for L, params in fit(new_nets(three), batches_of, loss, steps, name=f"{name}, {method}"):
+            losses.append(L[:S])
+            if len(losses) * 5 % steps == 0:
+                samples[method] = fpo.mean_flow(lambda x, r, t: forward(params, x, t, r), z)
+                distances.append(sliced_wasserstein(samples[method][:S], y))
+        losses = torch.stack(losses, 1).unflatten(1, (5, -1)).mean(2)
+        curves[method] = losses, torch.stack(distances, 1)
+        if method == "λ = 1":
+            fresh = pairs(data, [9000 + seed for seed in three], 64)
+            variance = gradient_variance(params, fresh)
+    samples |= {f"Heun, {k} steps": fpo.heun(data.velocity, z, k) for k in (1, 2, 100)}
+    table = {label: sliced_wasserstein(x, y).unflatten(0, (3, S)).T for label, x in samples.items()}
+    return samples, table, curves, variance
+
+
+def meanflow(args):
+    """MeanFlow's target has v twice, to regress on and as tangent of du/dt [LV]: what does the second cost?
+
+    8 seeds, half of the steps, paired as in race. Floors: Heun on the exact velocity, the exact flow at 100."""
+    steps = max(1, args.steps // 10) * 5
+    stops = [steps * k // 5 for k in range(1, 6)]
+    results, ratios = {}, {}
+    for name, data in args.sets[:2]:
+        results[name] = samples, table, curves, (V, lam) = one_step(name, data, [*args.seeds[:8]], steps)
+        print_means(f"{name}, {steps} steps: distance to the data", WEIGHTINGS, table, 4)
+        ratios[name] = {label: paired_ratio(d, table["λ = 1"]) for label, d in table.items()}
+        print_ratios("ratio to λ = 1 [95 %]", WEIGHTINGS, ratios[name])
+        print_means("no weights, loss after steps", stops, {label: a for label, (a, _) in curves.items()})
+        print_means("no weights, distance after steps", stops, {label: b for label, (_, b) in curves.items()}, 4)
+        print_means("gradient at the networks of λ = 1", ["λ*", *(f"variance at {k}" for k in LAMBDAS)],
+                    {"over that at λ = 1": torch.cat([lam[:, None], V], 1)})
+    return meanflow_figure(stops, results, ratios)
+
+
+def meanflow_figure(stops, results, ratios):
+    fig = Figure((10, 5.6))
+    top, (*panels, middle, right) = fig.subplots(2, 4)
+    samples, _, curves, _ = results["8 Gaussians"]
+    for ax, label in zip(top, ("Heun, 100 steps", "λ = 1", "own velocity", "oracle")):
+        ax.plot(*samples[label][0].T, ".", ms=2)
+        ax.set(title=f"8 Gaussians: {label}", aspect="equal", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
+    for ax, (name, ratio) in zip(panels, ratios.items()):
+        for k, label in enumerate(WEIGHTINGS):
+            mean, low, high = (torch.stack([ratio[f"λ = {lam}"][i][k] for lam in LAMBDAS[:5]]) for i in range(3))
+            ax.plot(LAMBDAS[:5], mean, label=label)
+            ax.fill_between(LAMBDAS[:5], low, high, alpha=0.2)
+        ax.set(xlabel="λ", title=f"{name}: distance over that at λ = 1", yscale="log")
+    panels[0].legend()
+    for k, (name, (*_, (V, lam))) in enumerate(results.items()):
+        band(middle, LAMBDAS, V, name)
+        middle.axvline(lam.mean(), color=f"C{k}", ls=":", label=f"λ* = {lam.mean():.2f}")
+    middle.set(xlabel="λ", title="variance of the gradient")
+    middle.legend()
+    for label in ("λ = 1", "λ = 0"):
+        loss, distance = curves[label]
+        band(right, stops, loss, f"loss, {label}")
+    right.set(xlabel="step", title="8 Gaussians: loss")
+    right.legend()
+    torch.save((stops, results, ratios), "/tmp/mf_scratch/f.pt")
+    return fig, "title"
 
 
 # ---- The command line ------------------------------------------------------------------------------------
-EXPERIMENTS = {"fisher": fisher, "variance": variance, "race": race, "samplers": samplers}
+EXPERIMENTS = {"fisher": fisher, "variance": variance, "race": race, "samplers": samplers, "meanflow": meanflow}
 
 
 def main():
