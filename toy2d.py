@@ -656,7 +656,7 @@ def running(side):
 
 
 def at(lam, u, points, v, mean):
-    """MeanFlow's target at points z, r, t, its tangent mean + lam (v - mean), with the exact mean E[v | z]."""
+    """MeanFlow's target at points z, r, t with the tangent mean + lam (v - mean), mean = E[v | z] exact."""
     return fpo.mean_flow_target(u, *points, v, mean + lam * (v - mean))
 
 
@@ -708,8 +708,8 @@ def gradient_variance(params, stream):
 
 
 def one_step(name, data, seeds, stops):
-    """Trains by every method, each seed with three weightings: samples (3 S, n, 2), distances (S, 3) and, without
-    weights, loss and distance at stops (S, 5) and the gradient's variance."""
+    """Trains by every method, each seed with three weightings -> samples (3 S, n, 2), distances (S, 3) and,
+    without weights, loss and distance at stops (S, 5) and the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
     exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # v without its noise
@@ -777,8 +777,9 @@ def meanflow_figure(stops, results):
     ratio = {label: paired_ratio(table[label], table["λ = 1"])[0] for label in ("λ = 0", "oracle")}
     plain, adaptive, by_cell = ratio["λ = 0"]
     return fig, (
-        f"8 Gaussians: λ = 0 ends {plain:.2f} times as far from the data as MeanFlow's λ = 1, the oracle "
-        f"{ratio['oracle'][0]:.2f} times;\nwith MeanFlow's adaptive weights λ = 0 ends {adaptive:.1f} times as far, "
+        f"8 Gaussians: λ = 0 ends {plain:.2f} times as far from the data as MeanFlow's λ = 1, "
+        f"the oracle {ratio['oracle'][0]:.2f} times;\n"
+        f"with MeanFlow's adaptive weights λ = 0 ends {adaptive:.1f} times as far, "
         f"with the same weights by cell {by_cell:.2f} times")
 
 
