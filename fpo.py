@@ -544,9 +544,8 @@ def mean_flow_target(u, z, r, t, v, tangent):
     At tangent = E[v | z] + lambda xi, xi = v - E[v | z], the noise of T is (I - lambda A) xi with
     A = (t - r) d_z u; E[T | z] is the same for every lambda [LV]. lambda = 1, tangent = v: [MF]. lambda = 0:
     improved MeanFlow, with its own u(z, t, t) for E[v | z], whose error b moves E[T | z] by -A b."""
-    points = [a.contiguous() for a in (z, r, t)]             # jvp refuses expanded tensors
-    directions = tangent.contiguous(), torch.zeros_like(points[1]), torch.ones_like(points[2])
-    _, du = torch.func.jvp(u, tuple(points), directions)
+    points = tuple(a.contiguous() for a in (z, r, t))        # jvp refuses expanded tensors
+    _, du = torch.func.jvp(u, points, (tangent, torch.zeros_like(r), torch.ones_like(t)))
     h = (t - r).reshape(*t.shape, *[1] * (z.ndim - t.ndim))
     return v - h * du
 
