@@ -14,6 +14,8 @@ Sources, as cited below:
     [iREPA] What Matters for Representation Alignment: Global Information or Spatial Structure?
     [SV]    Stable Velocity
     [JiT]   Back to Basics: Let Denoising Generative Models Denoise
+    [MF]    Mean Flows for One-step Generative Modeling
+    [LV]    On Variance Reduction in Learning Mean Flows (we have its abstract only)
 Letters: B batch, N samples that share one set of weights, C H W latent, T timesteps (or tokens), D width.
 """
 import math
@@ -39,7 +41,6 @@ def cosine(t):
 
 def diffusion(t):
     """DDPM's path: alpha = exp(-0.5 int_0^t beta), sigma = sqrt(1 - alpha^2) [VR Table 1].
-
     beta(s) = 0.1 + 19.9 s. sigma', infinite at t = 0, is computed with sigma >= 1e-3, so that all is finite.
     """
     beta = 0.1 + 19.9 * t
@@ -62,7 +63,6 @@ def coefficients(t, x, path=linear):
 
 def interpolate(x, eps, t, path=linear):
     """x_t = alpha x + sigma eps and its velocity v = alpha' x + sigma' eps [REPA Eq. 1, 4].
-
     x, eps (B, ...), t (B,) in [0, 1] -> x_t, v, both (B, ...). Needs coefficients."""
     alpha, sigma, d_alpha, d_sigma = coefficients(t, x, path)
     return alpha * x + sigma * eps, d_alpha * x + d_sigma * eps
@@ -85,24 +85,21 @@ def velocity_loss(v_hat, v):
 
 def alignment_loss(h, y):
     """Minus the mean over tokens of cos(h, y) [REPA Eq. 8]: h, y (B, T, D) -> (B,) in [-1, 1].
-
     The norms are never taken in 16 bits, where small tokens turn into NaN. Needs in_float32."""
     cosine = F.cosine_similarity(in_float32(h), in_float32(y), dim=-1)       # (B, T)
     return -cosine.mean(1)
 
 
 def spatially_normalised(y, gamma=1.0):
-    """(y - gamma mean) / standard deviation, both over tokens: (B, T, D) -> same [iREPA]. Needs in_float32."""
+    """(y - gamma mean) / standard deviation, over tokens: (B, T, D) -> same [iREPA]. Needs in_float32."""
     y = in_float32(y)
     return (y - gamma * y.mean(1, keepdim=True)) / (y.std(1, keepdim=True) + 1e-6)
 
 
 def nt_xent_loss(h, y, tau=0.1, first=0):
     """NT-Xent, the other alignment loss of [REPA Table 2]: cross entropy of h against its own y -> (B,).
-
-    h (B, T, D); y (B', T, D) may hold more images, the whole global batch, and y[first + i] belongs to
-    h[i]. The paper does not say what the negatives are. Here: the tokens at the same place in the other
-    images of the batch. Needs in_float32."""
+    h (B, T, D); y (B', T, D), y[first + i] belongs to h[i]: it may be the whole global batch. The negatives,
+    of which the paper is silent: the tokens at the same place in the other images. Needs in_float32."""
     h = F.normalize(in_float32(h), dim=-1)
     y = F.normalize(in_float32(y), dim=-1)
     logits = torch.einsum("btd,ktd->bkt", h, y) / tau        # (B, B', T)
@@ -115,9 +112,9 @@ def nt_xent_loss(h, y, tau=0.1, first=0):
 # ----------------------------------------------------------------------------------------------------------
 # Fisher Policy Optimization: reweight the samples of a batch by their losses [FPO Alg. 2]
 #
-# The losses (N,) must be those of the *global* batch: ranking each GPU's own slice would be another
-# algorithm for every number of GPUs. With a mask (N,) only the samples inside it compete, N is their
-# number, and the rest keep weight 1. The paper gives no tau; 1.0 here is the plain softmax.
+# The losses (N,) are those of the *global* batch: ranking each GPU's own slice would be another algorithm for
+# every number of GPUs. With a mask (N,) only the samples inside it compete, N is their number, and the rest
+# keep weight 1. The paper gives no tau; 1.0 here is the plain softmax.
 
 
 def fpo_check(r, beta, tau):
@@ -132,7 +129,6 @@ def fpo_check(r, beta, tau):
 
 def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
     """p = softmax(L / tau) on H, the floor(r N) highest losses (at least 1), and 0 elsewhere [FPO Eq. 18].
-
     losses (N,) -> p (N,), sums to 1, differentiable (H is not). An empty mask gives p = 0."""
     if mask is None:
         mask = torch.ones_like(losses, dtype=torch.bool)
@@ -147,7 +143,6 @@ def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
 
 def fpo_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     """w = (1 + beta p) N / sum(1 + beta p) [FPO Eq. 19, 20]: losses (N,) -> w (N,), sums to N.
-
     p sums to 1, so the denominator is N + beta. Differentiable. Needs fpo_policy, fpo_check."""
     fpo_check(r, beta, tau)
     p = fpo_policy(losses, r, tau, mask)
@@ -158,7 +153,6 @@ def fpo_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
 
 def fpo_loss(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     """J = (1/N) sum w_i L_i [FPO Alg. 2]: (N,) -> scalar. The gradient goes through w too [FPO Thm. 3.3].
-
     Needs fpo_weights, fpo_policy, fpo_check."""
     return (fpo_weights(losses, r, beta, tau, mask) * losses).mean()
 
@@ -168,9 +162,8 @@ def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None, group=0):
 
     J depends on the parameters only through L, so both terms of [FPO Thm. 3.3] are multiples of grad L_i:
         c_i = (1 + beta p_i (1 + (L_i - sum_j p_j L_j) / tau)) / (1 + beta / N)
-    This is what training uses: with c from all losses, every process backpropagates just its own slice, and
-    the sum over processes is the gradient of the global objective. group n > 0: within every n consecutive
-    samples, as code that ranks in each GPU's slice does. Needs fpo_policy, fpo_check."""
+    With c from all losses every process backpropagates its own slice alone. group n > 0: within every n
+    consecutive samples, as code that ranks in each GPU's slice does. Needs fpo_policy, fpo_check."""
     fpo_check(r, beta, tau)
     L = losses.detach()
     if group > 0:
@@ -186,7 +179,6 @@ def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None, group=0):
 
 def centred(losses, t, width=0.05):
     """losses minus their mean near that t, by a Gaussian kernel: losses, t (..., N) -> (..., N).
-
     What FPO ranks by when it should not prefer some timesteps to others; not in [FPO]."""
     distance = (t[..., :, None] - t[..., None, :]) / width
     near = torch.softmax(-distance.square() / 2, -1)         # rows sum to 1
@@ -200,14 +192,12 @@ def weight_moved(w):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Other weights, each (N,) with sum N as in Eq. 20; hard samples and P2 stand in [FPO Table 5]. P2 and
-# min-SNR are defined on the loss in eps:  |eps_hat - eps|^2 = (alpha / (alpha sigma' - alpha' sigma))^2
-# |v_hat - v|^2.
+# Other weights, each (N,) with sum N as in Eq. 20 [FPO Table 5]. P2, min-SNR are defined on the loss in eps,
+# |eps_hat - eps|^2 = (alpha / (alpha sigma' - alpha' sigma))^2 |v_hat - v|^2.
 
 
 def hard_sample_weights(losses, r=0.8, beta=2.0, mask=None):
     """The boost of FPO spread evenly over the floor(r N) highest losses: FPO's limit tau -> infinity.
-
     Needs fpo_weights, fpo_policy, fpo_check."""
     return fpo_weights(losses.detach(), r, beta, 1e30, mask)
 
@@ -238,10 +228,9 @@ def early_weights(t, until=0.7, steepness=20.0):
 # ----------------------------------------------------------------------------------------------------------
 # Timesteps: u (B,) uniform in [0, 1) -> t (B,)
 #
-# VR-sampling draws t where the irreducible velocity loss is large: pi(t) ~ h^2 V(t), h = (alpha' sigma -
-# alpha sigma') / sigma, V = (1/d) E tr Cov[x | x_t]. h^2 V = (1/d) E |v - E[v | x_t]|^2: the loss that no
-# network can go below. Three estimators of that one curve: posterior_variance and
-# gaussian_posterior_variance below, and the measured loss at each t of a network in training.
+# VR-sampling draws t by the irreducible velocity loss, below which no network can go: pi(t) ~ h^2 V(t)
+# = (1/d) E |v - E[v | x_t]|^2, h = (alpha' sigma - alpha sigma') / sigma, V = (1/d) E tr Cov[x | x_t]. Three
+# estimators: posterior_variance, gaussian_posterior_variance, and the measured loss of a network at each t.
 
 
 def posterior_variance(x, snr, noises=500, generator=None):
@@ -266,7 +255,6 @@ def posterior_variance(x, snr, noises=500, generator=None):
 
 def posterior_spread(D, nearest, dots, s):
     """Sum over i, l of sum_j w_j D_ij at the noise s, with the names and weights of posterior_variance.
-
     x_i and x_j are independent draws of the posterior, so the mean of D_ij = |x_i - x_j|^2 / 2 is its
     variance: never negative, and without the cancellation of [VR Eq. 3.3]."""
     D = D[nearest < 800 * s ** 2]                            # the rest are alone: other weights < exp(-400)
@@ -286,7 +274,6 @@ def posterior_spread(D, nearest, dots, s):
 
 def gaussian_posterior_variance(x, snr):
     """V(t) if the data were Gaussian: mean over the covariance's eigenvalues of lam / (1 + snr^2 lam).
-
     x (M, d), M several times d or the spectrum comes out too steep; snr (T,) -> V (T,) float64. This is the
     error of the best *linear* denoiser, hence an upper bound for data of any shape."""
     x = x.double()
@@ -299,7 +286,6 @@ def gaussian_posterior_variance(x, snr):
 
 def vr_density(variance, t, path=linear, uniform=0.1):
     """pi(t) = (1 - uniform) h^2 V / integral + uniform / (t[-1] - t[0]) [VR Sec. 3.3]: V, t (T,) -> pdf (T,).
-
     t increasing, inside (0, 1]; the pdf integrates to 1 by the trapezoid rule. The uniform part keeps every
     t alive: on few points in high dimension V is 0 almost everywhere."""
     t = t.double()
@@ -328,7 +314,6 @@ def logit_normal_timesteps(u, m=0.0, s=1.0):
 
 def logit_normal_location(t, pdf, s=1.0, grid=0.25):
     """The logit-normal nearest to a pdf by Kolmogorov-Smirnov [VR Sec. 4.3]: t, pdf (T,) -> (m, distance).
-
     m is a multiple of grid in [-4, 4]. The m of [VR Table 3] is minus ours."""
     t = t.double()
     cdf = torch.cumulative_trapezoid(pdf.double(), t)
@@ -344,7 +329,7 @@ def logit_normal_location(t, pdf, s=1.0, grid=0.25):
 # ----------------------------------------------------------------------------------------------------------
 # Conversions. (x_t, v) is an invertible linear map of (x, eps), with determinant alpha sigma' - alpha'
 # sigma > 0: 1 for linear, pi/2 for cosine. Nothing below divides by alpha or sigma unless the quantity
-# itself does: x does not determine v at t = 0, nor does eps at t = 1. All take and give (B, ...), with t (B,).
+# itself does: x does not determine v at t = 0, nor does eps at t = 1. All take and give (B, ...), t (B,).
 
 
 def x_from_velocity(v, x_t, t, path=linear):
@@ -363,7 +348,6 @@ def eps_from_velocity(v, x_t, t, path=linear):
 
 def score_from_velocity(v, x_t, t, path=linear, floor=1e-3):
     """grad log p_t(x_t) = -eps / sigma, sigma >= floor: v does not determine it at t = 0 [REPA Eq. 6, 20].
-
     Needs eps_from_velocity, coefficients."""
     _, sigma, _, _ = coefficients(t, x_t, path)
     return -eps_from_velocity(v, x_t, t, path) / sigma.clamp_min(floor)
@@ -385,7 +369,6 @@ def velocity_from_eps(eps_hat, x_t, t, path=linear, floor=1e-3):
 
 def loss_scale(t, predicted, measured, path=linear, floor=0.05):
     """The factor that carries a squared error in one of v, x, eps over to another [JiT]: t (B,) -> (B,).
-
     e_v = -(delta / sigma) e_x = (delta / alpha) e_eps, with delta = alpha sigma' - alpha' sigma. alpha and
     sigma are taken as at least floor: on the linear path x's error in v is |x_hat - x|^2 / max(t, 0.05)^2."""
     alpha, sigma, d_alpha, d_sigma = path(t)
@@ -404,10 +387,9 @@ def loss_scale(t, predicted, measured, path=linear, floor=0.05):
 
 def guided(model, y, scale=1.0, interval=(0.0, 1.0), null=None):
     """v(x, t) = v_u + scale (v_c - v_u) for t in the interval, v_c elsewhere [REPA Table 10].
-
-    model(x, t, y) -> velocity; y (B,) labels; null: the label that stands for no class (num_classes), which
-    any scale other than 1 needs (ValueError). Outside the interval the unconditional half is not computed
-    at all. scale: a number, or one for each entry of x's last dimension."""
+    model(x, t, y) -> velocity; y (B,) labels; null: the label of no class (num_classes), which any scale
+    other than 1 needs (ValueError). Outside the interval the unconditional half is not computed at all.
+    scale: a number, or one for each entry of x's last dimension."""
     plain = bool((torch.as_tensor(scale) == 1).all())
     if not plain and null is None:
         raise ValueError("guided: a scale other than 1 needs null, the label of no class (num_classes)")
@@ -440,7 +422,7 @@ def counted(v):
 
 
 def widened(v, x):
-    """v for x in float64 (float32 on MPS), and that x. v itself still runs in x's dtype; t is (B,) or one number."""
+    """v for x in float64 (float32 on MPS), and that x. v still runs in x's dtype; t is (B,) or one number."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
 
     def field(z, t):
@@ -482,7 +464,7 @@ def heun(v, x, steps, end=0.0):
 
 
 def dopri5_step(v, x, t, h, slope):
-    """One Dormand-Prince step, t to t - h: x (B, ...), t, h (B,), slope = v(x, t) -> x, slope there, error."""
+    """One Dormand-Prince step to t - h: x (B, ...), t, h (B,), slope = v(x, t) -> x, slope there, error."""
     tableau = [                                              # node, weights of the slopes so far
         (1 / 5, [1 / 5]),
         (3 / 10, [3 / 40, 9 / 40]),
@@ -504,9 +486,8 @@ def dopri5_step(v, x, t, h, slope):
 @torch.no_grad()
 def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
     """Dormand-Prince with error control *for each sample*, so that an image does not depend on its batch.
-
-    Every sample has its own t and step; each round is 6 evaluations for all (7 in the first). Raises
-    ArithmeticError after max_steps rounds, or where v is not finite. Needs dopri5_step, widened."""
+    Every sample has its own t and step; a round is 6 evaluations (the first 7). Raises ArithmeticError after
+    max_steps rounds, or where v is not finite. Needs dopri5_step, widened."""
     dtype = x.dtype
     v, x = widened(v, x)
     t = x.new_ones(len(x))
@@ -535,11 +516,10 @@ def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
 def euler_maruyama(v, x, steps, path=linear, w=2.0, last=0.04, generator=None, end=0.0):
     """Reverse SDE dx = (v - w_t s / 2) dt + sqrt(w_t) dW, w_t = w sigma_t [REPA Eq. 5]. NFE = steps.
 
-    w_t s = -w eps has no division, so it is finite at t = 0. [REPA] and [FPO] print w = 1; the code behind
-    REPA's numbers used w = 2. steps - 1 noisy steps from 1 to last, then one without noise from last to
-    end; last <= end: equal steps, the final one without noise. generator: one for the batch, or a list with
-    one for each sample, which makes a sample independent of its batch. Needs widened, eps_from_velocity,
-    coefficients, noise_like."""
+    w_t s = -w eps is finite at t = 0. [REPA] and [FPO] print w = 1; the code of REPA's numbers used w = 2.
+    steps - 1 noisy steps from 1 to last, then one without noise to end; last <= end: equal steps. With a list
+    of generators, one for each sample, a sample does not depend on its batch. Needs widened,
+    eps_from_velocity, coefficients, noise_like."""
     dtype = x.dtype
     v, x = widened(v, x)
     if last <= end:
@@ -556,17 +536,48 @@ def euler_maruyama(v, x, steps, path=linear, w=2.0, last=0.04, generator=None, e
 
 
 # ----------------------------------------------------------------------------------------------------------
+# MeanFlow: the average velocity u(z_t, r, t) = (z_t - z_r) / (t - r), samples in one step [MF]. It obeys
+# u = v - (t - r) du/dt along the flow. Here u is any callable u(z, r, t), r <= t (B,).
+
+
+@torch.no_grad()
+def mean_flow_target(u, z, r, t, v, tangent):
+    """T = v - (t - r) (d_z u tangent + d_t u), for u to regress on [MF]: z, v, tangent (B, ...) -> (B, ...).
+
+    At tangent = E[v | z] + lambda xi, xi = v - E[v | z], the noise of T is (I - lambda A) xi with
+    A = (t - r) d_z u; E[T | z] is the same for every lambda [LV]. lambda = 1, tangent = v: [MF]. lambda = 0:
+    improved MeanFlow, with its own u(z, t, t) for E[v | z], whose error b moves E[T | z] by -A b."""
+    points = tuple(a.contiguous() for a in (z, r, t))        # jvp refuses expanded tensors
+    _, du = torch.func.jvp(u, points, (tangent, torch.zeros_like(r), torch.ones_like(t)))
+    h = (t - r).reshape(*t.shape, *[1] * (z.ndim - t.ndim))
+    return v - h * du
+
+
+def control_coefficient(xi, A_xi):
+    """lambda* = sum xi . A xi / sum |A xi|^2, where sum |xi - lambda A xi|^2 is least [LV] -> scalar.
+    Take it from earlier batches: that of the same batch would bias the target."""
+    return (xi * A_xi).sum() / A_xi.square().sum()
+
+
+@torch.no_grad()
+def mean_flow(u, x, steps=1):
+    """x <- x - (t - r) u(x, r, t), from t = 1 to 0: no error at any number of steps if u is exact [MF]."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    for t, r in zip(times, times[1:]):
+        x = x - (t - r) * u(x, x.new_full((len(x),), r), x.new_full((len(x),), t))
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Visual Representation Policy Optimization: representation alignment as a reward
 #
-# [VRPO]'s equations are blank in its text. This is a reconstruction from its prose, propositions and
-# appendix:
+# [VRPO]'s equations are blank in its text: this is a reconstruction from its prose, propositions, appendix.
 #     r_ki: fidelity = frechet_reward - perceptual_distance, semantic = -alignment_loss, stability_reward
 #     R_i = sum_k w_k r_ki                             w = (0.3, 0.5, 0.2), or ~ 1 / Var r_k     [Eq. 5, 12]
 #     L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R    velocity loss + lambda_0 mean(L_i)    [Eq. 7-11, 14]
-# Chosen, where the text is silent: the gradient goes through the rewards (Prop. 2 and 5 need it, though the
-# text also speaks of log-probabilities), not through w, mu, sigma, Var R. Var is total, within and across
-# batches. FID compares pooled projected h with pooled y; it and LPIPS weigh 1 each. The values of decay,
-# eta and the floors.
+# Chosen, where the text is silent: the gradient goes through the rewards (Prop. 2 and 5 need it), not through
+# w, mu, sigma, Var R. Var is total, within and across batches. FID compares pooled projected h with pooled y;
+# it and LPIPS weigh 1 each. The values of decay, eta and the floors.
 
 
 def pooled(h):
@@ -576,7 +587,6 @@ def pooled(h):
 
 def frechet_reward(z, mean, cov):
     """-|m - mean|^2 - tr(S + cov - 2 (S cov)^(1/2)), with m, S those of z [VRPO App. 0.A] -> scalar.
-
     z (B, D) of the *global* batch, mean (D,), cov (D, D). In float64. The trace of the root comes from the
     eigenvalues of a symmetric matrix, so its gradient exists where S is singular."""
     device = "cpu" if z.device.type == "mps" else z.device
@@ -593,7 +603,6 @@ def frechet_reward(z, mean, cov):
 
 def perceptual_distance(x_hat, x):
     """Mean of |x_hat - x| over pixels and over scales 1, 2, 4, ... of average pooling: (B, C, H, W) -> (B,).
-
     Stands for LPIPS [VRPO Sec. 3.2]; any callable will do. Pass x_hat detached: its gradient would enter
     the later blocks, against [VRPO Thm. 5]. Needs in_float32."""
     d = in_float32(x_hat) - x
@@ -606,7 +615,6 @@ def perceptual_distance(x_hat, x):
 
 def stability_reward(h, h_near):
     """Minus the mean over tokens of |unit h - unit h_near|^2 = 2 - 2 cos [VRPO Sec. 3.2]: (B, T, D) -> (B,).
-
     h_near: the same x and eps at a neighbouring t, without gradient. Needs alignment_loss, in_float32."""
     return -2 - 2 * alignment_loss(h, h_near.detach())
 
@@ -620,7 +628,6 @@ def inverse_variance_weights(variance, floor=2.5e-3):
 @torch.no_grad()
 def moving_moments(x, before=None, decay=0.99):
     """Exponential moving mean (D,) and covariance (D, D) of the rows of x (N, D), the *global* batch.
-
     before: what the last call returned; None starts from this batch, not from 0. This is exactly the
     covariance of the moving E[x x'] and E[x], without its cancellation."""
     p = torch.full_like(x[:, 0], 1 / len(x))
@@ -635,7 +642,6 @@ def moving_moments(x, before=None, decay=0.99):
 
 def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
     """w (K,), mu_R, sigma_R >= floor, 1 + eta Var R [VRPO Eq. 7, 12, 14] of the moving_moments of K rewards.
-
     weights: made to sum to 1; None: by inverse variance. Needs inverse_variance_weights."""
     mean, cov = moments
     if weights is None:
@@ -649,7 +655,6 @@ def vrpo_terms(moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
 
 def vrpo_loss(rewards, moments, weights=(0.3, 0.5, 0.2), eta=0.1, floor=0.05):
     """L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R [VRPO Eq. 8, 14]: rewards (K, B) -> (B,).
-
     moments: moving_moments of rewards.T of the global batch, *with* this batch.
     Needs vrpo_terms, inverse_variance_weights."""
     w, mu, sigma, scale = vrpo_terms(moments, weights, eta, floor)

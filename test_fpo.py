@@ -688,6 +688,173 @@ def test_guidance_acts_in_its_interval_only_and_computes_nothing_outside():
 
 
 # ----------------------------------------------------------------------------------------------------------
+# MeanFlow: the average velocity, and which velocity belongs in the Jacobian-vector product [MF, LV]
+
+SPREAD = torch.tensor([0.5, 2.0], dtype=torch.float64)                  # Gaussian data N(0, diag(SPREAD^2)): everything is a formula
+
+
+def gaussian_velocity(x, t):
+    t = t[:, None]
+    return x * (t - (1 - t) * SPREAD ** 2) / ((1 - t) ** 2 * SPREAD ** 2 + t ** 2)
+
+
+def gaussian_average_velocity(z, r, t):
+    """The flow keeps x_t / q_t, the standard deviation: x_r = x_t q_r / q_t."""
+    r, t = r[:, None], t[:, None]
+    q_r, q_t = (((1 - s) ** 2 * SPREAD ** 2 + s ** 2).sqrt() for s in (r, t))
+    return z * (1 - q_r / q_t) / (t - r)
+
+
+def test_the_average_velocity_of_gaussian_data_obeys_meanflow_s_identity_and_is_the_flow_s_displacement_over_time():
+    g = seeded(50)
+    z, t = torch.randn(200, 2, generator=g).double(), 0.1 + 0.9 * torch.rand(200, generator=g).double()
+    r = 0.9 * t * torch.rand(200, generator=g).double()
+    v = gaussian_velocity(z, t)
+    T, u = fpo.mean_flow_target(gaussian_average_velocity, z, r, t, v, v), gaussian_average_velocity(z, r, t)
+    print(f"identity: {(T - u).abs().max():.1e}")
+    torch.testing.assert_close(T, u, rtol=0, atol=1e-12)
+    displacement = z - fpo.dopri5(gaussian_velocity, z, 1e-10, 1e-10, end=0.3)      # a second oracle: the integral itself
+    u = gaussian_average_velocity(z, torch.full_like(t, 0.3), torch.ones_like(t))
+    torch.testing.assert_close(displacement / 0.7, u, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_any_number_of_steps_from_noise_gives_the_data_s_standard_deviations(steps):
+    x = torch.randn(1000, 2, generator=seeded(51)).double()
+    x = x / x.std(0)
+    torch.testing.assert_close(fpo.mean_flow(gaussian_average_velocity, x, steps).std(0), SPREAD, rtol=0, atol=1e-12)
+
+
+def test_the_target_takes_expanded_tensors_of_any_shape_and_has_no_gradient():
+    z, r, t = torch.randn(1, 3, 4, generator=seeded(52)), torch.tensor([0.2]), torch.tensor([0.7])
+    scale = torch.tensor(2.0, requires_grad=True)
+    u = lambda z, r, t: scale * z.square() * (t * r)[:, None, None]
+    T = fpo.mean_flow_target(u, z.expand(5, 3, 4), r.expand(5), t.expand(5), z.expand(5, 3, 4), z.expand(5, 3, 4))
+    du = 2 * (2 * z * z * 0.14 + z.square() * 0.2)                      # d_z u z + d_t u by hand
+    torch.testing.assert_close(T, (z - 0.5 * du).expand(5, 3, 4))
+    assert not T.requires_grad
+
+
+POINTS = [([0.3, 0.1], 0.1, 0.6), ([-0.8, 0.4], 0.0, 0.5), ([1.1, -0.2], 0.3, 0.8), ([0.2, -0.9], 0.0, 0.9)]
+
+
+def any_u(z, r, t):
+    """Neither symmetric nor monotone nor the average velocity of anything."""
+    M = torch.tensor([[1.2, -0.7], [0.4, 0.9]], dtype=torch.float64)
+    return torch.sin(z @ M.T + r[:, None]) * (1 + t[:, None] ** 2) + 0.3 * z
+
+
+def at_a_point(z, r, t, n=400_000):
+    """Draws of v given z on the 8 Gaussians, by component and then within it; E[v | z], Cov[v | z], A and E[T | z] by autograd."""
+    data, g = DATA_2D["8 Gaussians"], seeded(53)
+    z, r, t = (torch.tensor(a, dtype=torch.float64) for a in (z, r, t))
+    q2 = (1 - t) ** 2 * data.s ** 2 + t ** 2
+    weight = torch.softmax(-(z - (1 - t) * data.c).square().sum(1) / (2 * q2), 0)
+    k = torch.multinomial(weight, n, replacement=True, generator=g)
+    x = (t ** 2 * data.c[k] + (1 - t) * data.s ** 2 * z) / q2 + data.s * t / q2.sqrt() * torch.randn(n, 2, generator=g).double()
+    velocity = lambda z: data.velocity(z[None], t[None])[0]
+    u = lambda z, t: any_u(z[None], r[None], t[None])[0]
+    jacobian, eye = torch.autograd.functional.jacobian, torch.eye(2, dtype=torch.float64)
+    cov = (eye - t * jacobian(velocity, z)) / (1 - t)                   # on the linear path
+    J, d_t = jacobian(u, (z, t))
+    mean = velocity(z)
+    many = z.expand(n, 2), r.expand(n), t.expand(n)
+    return (z - x) / t, mean, cov, (t - r) * J, mean - (t - r) * (J @ mean + d_t), many    # eps - x = (z - x) / t
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_the_target_s_mean_does_not_depend_on_lambda_and_its_covariance_is_the_predicted_one(point):
+    v, mean, cov, A, mean_T, many = at_a_point(*point)
+    for lam in (1, 0.5, 0, -0.5):
+        T = fpo.mean_flow_target(any_u, *many, v, mean + lam * (v - mean))
+        error = (T.mean(0) - mean_T) / (T.std(0) / len(T) ** 0.5)
+        assert error.abs().max() < 4, (lam, error)
+        B = torch.eye(2, dtype=torch.float64) - lam * A
+        predicted, measured = (B @ cov @ B.T).trace(), T.var(0).sum()
+        print(f"z, r, t = {point}, lambda = {lam}: tr Cov T {measured:.4f}, predicted {predicted:.4f}")
+        assert abs(measured / predicted - 1) < 0.01
+    oracle = fpo.mean_flow_target(any_u, *(a[:1] for a in many), mean[None], mean[None])
+    torch.testing.assert_close(oracle[0], mean_T)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_lambda_star_is_where_the_target_s_variance_is_least(point):
+    v, mean, cov, A, _, many = at_a_point(*point, n=100_000)
+    variance = lambda lam: fpo.mean_flow_target(any_u, *many, v, mean + lam * (v - mean)).var(0).sum()
+    low, high = -5.0, 5.0
+    while high - low > 1e-3:                                            # ternary search, which knows no formula
+        a, b = (2 * low + high) / 3, (low + 2 * high) / 3
+        low, high = (low, b) if variance(a) < variance(b) else (a, high)
+    formula, found = (A @ cov).trace() / (A @ cov @ A.T).trace(), (low + high) / 2
+    sampled = fpo.control_coefficient(v - mean, (v - mean) @ A.T)
+    print(f"z, r, t = {point}: lambda* {formula:.3f}, by search {found:.3f}, from samples {sampled:.3f}")
+    assert abs(formula - found) < 1e-2 and abs(formula - sampled) < 1e-2
+
+
+def test_the_adaptive_weight_of_a_sample_biases_the_target_and_that_of_its_cell_does_not():
+    """At u = E[T | z], where the gradient without weights is 0 on average, lambda = 0; in standard errors over batches of 1,000."""
+    v, mean, _, _, mean_T, many = at_a_point([0.5, 0.1], 0.1, 0.6)
+    T = fpo.mean_flow_target(any_u, *many, v, mean.expand_as(v))
+    usual = toy2d.running(5)
+    pulls = {"none": [], "sample": [], "cell": []}
+    for T, r, t in zip(*(a.float().split(1000) for a in (T, *many[1:]))):
+        L = (mean_T - T).square().sum(1)[None].float()
+        by_cell = usual(L, torch.ones_like(L), r[None], t[None])
+        for kind, scale in zip(pulls, (torch.ones_like(L), L, by_cell)):
+            pulls[kind].append(((mean_T - T) / (scale[0, :, None] + 1e-3)).mean(0))
+    z = {}
+    for kind, pull in pulls.items():
+        pull = torch.stack(pull)
+        z[kind] = (pull.mean(0) / (pull.std(0) / len(pull) ** 0.5)).abs().max()
+    print("bias in standard errors:", {kind: f"{a:.1f}" for kind, a in z.items()})
+    assert z["none"] < 4 and z["cell"] < 4 and z["sample"] > 20
+
+
+def test_running_ratios_come_from_earlier_batches_in_the_same_cell_alone():
+    g = seeded(54)
+    usual, sums = toy2d.running(2), torch.ones(3, 2, 2, 2)              # network, cell of r, cell of t, a or b
+    for _ in range(5):
+        a, b, r, t = torch.rand(4, 3, 8, generator=g)
+        cell = [[(int(2 * r[s, i]), int(2 * t[s, i])) for i in range(8)] for s in range(3)]
+        expected = [[sums[s][cell[s][i]][0] / sums[s][cell[s][i]][1] for i in range(8)] for s in range(3)]
+        torch.testing.assert_close(usual(a, b, r, t), torch.tensor(expected))
+        sums = 0.99 * sums
+        for s, i in itertools.product(range(3), range(8)):
+            sums[s][cell[s][i]] += torch.stack([a[s, i], b[s, i]])
+
+
+def test_the_losses_of_meanflow_are_those_of_their_weighting_and_where_r_is_t_the_target_is_v():
+    seeds = [3, 4] * 3
+    batch, params = next(toy2d.pairs(DATA_2D["8 Gaussians"], seeds, 1)), toy2d.new_nets(range(6))
+    z, r, t, v, mean = batch
+    h = toy2d.N // 2
+    assert (r[:, :h] == t[:, :h]).all() and (r[:, h:] < t[:, h:]).all() and torch.equal(z[:2], z[4:])
+    u = lambda z, r, t: toy2d.forward(params, z, t, r)
+    T = fpo.mean_flow_target(u, z, r, t, v, (v + mean) / 2)             # of the whole batch: 0 times du/dt where r = t
+    L = (u(z, r, t) - T).square().sum(-1).detach()
+    usual, ours = toy2d.running(5), toy2d.running(5)
+    for _ in range(2):                                                  # the second time the running mean is not 1 any more
+        scale = usual(L, torch.ones_like(L), r, t)
+        expected = torch.cat([L[:2] / 1.001, (L / (L + 1e-3))[2:4], (L / (scale + 1e-3))[4:]]).mean(1)
+        loss = toy2d.mean_flow_loss(functools.partial(toy2d.at, 0.5), ours, params, *batch)
+        torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_the_gradient_s_variance_is_that_of_gradients_at_each_lambda():
+    seeds = [3, 4] * 3
+    batches, params = list(toy2d.pairs(DATA_2D["8 Gaussians"], seeds, 5)), toy2d.new_nets(seeds)
+    _, V = toy2d.gradient_variance(params, batches)
+    direct = []
+    for lam in (1, 0.5):
+        g = []
+        for batch in batches:
+            L = toy2d.mean_flow_loss(functools.partial(toy2d.at, lam), toy2d.running(1), params, *batch)
+            g.append(torch.cat([p[:2].flatten(1) for p in torch.autograd.grad(L.sum(), params)], 1))
+        direct.append(torch.stack(g).var(0).sum(1))
+    torch.testing.assert_close(V[:, toy2d.LAMBDAS.index(0.5)], direct[1] / direct[0], rtol=1e-3, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Every function of fpo.py lifts out alone
 
 
@@ -697,13 +864,15 @@ def lift_out_arguments(name):
     x, t, losses, h = torch.randn(2, 4, 2, 4, 4, generator=g), torch.rand(4, generator=g), torch.rand(8, generator=g), torch.randn(2, 4, 5, 6, generator=g)
     snr, moments = torch.linspace(9, 0.1, 20), (torch.zeros(3), torch.eye(3))
     v = lambda x, t: -x
+    u = lambda z, r, t: z.sin() * (t - r)[:, None, None, None]
     by_argument = dict(t=t, x=x[0], eps=x[1], v=x[1], v_hat=x[0], x_t=x[0], x_hat=x[1], eps_hat=x[1], h=h[0], y=h[1], h_near=h[1], losses=losses,
                        w=losses, r=0.8, beta=2.0, tau=1.0, z=h[0, :, 0], mean=torch.zeros(6), cov=torch.eye(6), variance=torch.rand(3, generator=g), u=t,
                        moments=moments, rewards=torch.randn(3, 8, generator=g), snr=snr, pdf=torch.ones(20), steps=3, model=lambda x, t, y: -x)
     special = {"pooled": (h[0],), "centred": (losses, losses), "moving_moments": (h[0, 0],), "posterior_variance": (h[0, :, 0], snr), "gaussian_posterior_variance": (h[0, :, 0], snr),
                "in_float32": (h[0],), "posterior_spread": (torch.eye(4), torch.ones(4), h[0, :, 0], 0.5), "loss_scale": (t, "x", "v"),
                "dopri5_step": (v, x[0], t, t / 9, -x[0]), "vr_density": (snr, snr.flip(0) / 10), "sample_timesteps": (t, snr.flip(0), torch.ones(20)), "hard_sample_weights": (losses,),
-               "logit_normal_location": (snr.flip(0) / 10, torch.ones(20)), "counted": (v,), "guided": (lambda x, t, y: -x, torch.zeros(4))}
+               "logit_normal_location": (snr.flip(0) / 10, torch.ones(20)), "counted": (v,), "guided": (lambda x, t, y: -x, torch.zeros(4)),
+               "mean_flow_target": (u, x[0], t / 2, t, x[1], x[0]), "control_coefficient": (h[0], h[1]), "mean_flow": (u, x[0], 3)}
     if name in ("euler", "heun", "dopri5", "euler_maruyama", "widened"):
         return (v, x[0]) + (3,) * (name not in ("dopri5", "widened"))
     required = [p.name for p in inspect.signature(getattr(fpo, name)).parameters.values() if p.default is p.empty]

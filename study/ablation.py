@@ -272,6 +272,8 @@ def print_group(table, group, title, names=None, against=""):
     Runs with fewer than three seeds, of a study that is not at its end, are left out."""
     head = ["", *(measure for measure, _ in MEASURES.values())]
     done = [name for name in GROUPS[group][2] if len(table.values(group, name, "loss")) > 2]
+    if not done:
+        return
     seeds = len(table.values(group, "REPA", "loss"))
     print(f"\n{title}: mean ± standard deviation over {seeds} seeds")
     rows = [head]
