@@ -14,6 +14,8 @@ runs S seeds at once; all methods see the same initialisations, data, eps and u.
 Letters: S seeds, N batch, n samples, T timesteps, K mixture components."""
 import argparse
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -741,9 +743,12 @@ def meanflow(args):
     """MeanFlow's target has v twice, to regress on and as tangent of du/dt [LV]: what does the second cost?
     8 seeds, half of the steps, paired as in race. Floor: Heun on the exact velocity; with 100 steps exact."""
     stops = [max(1, args.steps // 10) * k for k in range(1, 6)]
-    results = {}
-    for name, data in args.sets[:2]:
-        results[name] = _, table, curves, (lam, V) = one_step(name, data, [*args.seeds[:8]] * 3, stops)
+    names, sets = zip(*args.sets[:2])
+    seeds = [*args.seeds[:8]] * 3
+    spawn = multiprocessing.get_context("spawn")                        # a core for each data set
+    with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
+        results = dict(zip(names, pool.map(one_step, names, sets, [seeds] * 2, [stops] * 2)))
+    for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
         ratios = {label: paired_ratio(d, table["λ = 1"]) for label, d in table.items()}
         print_ratios("ratio to λ = 1 [95 %]", WEIGHTINGS, ratios)
