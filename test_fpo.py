@@ -1312,7 +1312,7 @@ def test_the_alignment_loss_stops_after_align_until(folder, tmp_path):
 def test_a_bottleneck_in_the_patch_embedding_limits_its_rank_and_needs_no_other_change(folder, tmp_path):
     model = awake(train_sit.SiT(**MICRO, bottleneck=3))
     x = torch.randn(40, 1, 4, 4, generator=seeded(37))
-    embed = lambda x: model.x_embedder["widen"](model.x_embedder["proj"](x)).flatten(1)
+    embed = lambda x: model.x_embedder(x).flatten(1)
     assert torch.linalg.matrix_rank(embed(x) - embed(0 * x[:1]), atol=1e-4) == 3
     assert run(training(folder, tmp_path, bottleneck=3)) is None
     assert run(sampling(tmp_path, tmp_path / "s"), sample) is None
@@ -2552,8 +2552,8 @@ def test_hidden_tokens_are_measured_without_the_label_and_with_the_same_noise_ev
     features = torch.from_numpy(data.features[rows]).float()
     assert abs(cosine - F.cosine_similarity(z, features, dim=-1).mean()) < 1e-5
 
-    c = model.t_embedder["mlp"](train_sit.time_features(t)) + model.y_embedder["embedding_table"](y)
-    h = model.x_embedder["proj"](x).flatten(2).transpose(1, 2) + model.pos_embed
+    c = model.t_embedder(train_sit.time_features(t)) + model.y_embedder(y)
+    h = model.x_embedder(x).flatten(2).transpose(1, 2) + model.pos_embed
     for block in model.blocks[:2]:                           # encoder_depth = 2
         h = block(h, c)
     units = F.normalize(features, dim=-1).mean(1)

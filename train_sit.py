@@ -5,8 +5,8 @@ r"""Train a SiT by flow matching with representation alignment (REPA), FPO and V
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 \
         --batch 256 --steps 400000 --warmup 0 --ema 0.9999 --save_every 10000 --sample_every 10000
 
-The method is fpo.py's. The first 230 lines are the flags, what is optimised, and the training loop; below
-stands what the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
+The method is fpo.py's. Here stand, in this order, the flags, what is optimised, the training loop, and what
+the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
 Letters: b images of this process, N of all (the global batch), T tokens, D width. Everything random is
 drawn for the global batch, from (seed, step), and every process takes its slice: a run does not depend on
 the number of processes.
@@ -168,9 +168,9 @@ def train(cfg, stop):
     b = cfg.batch // WORLD
     mine = slice(RANK * b, RANK * b + b)                 # this process's part of the global batch
     rows = (rows_of(k, cfg, len(data))[mine] for k in range(run["step"], cfg.steps))
-    bar = tqdm(total=cfg.steps, initial=run["step"], unit="step", disable=RANK > 0)
+    bar = tqdm(prefetched(data.batch, rows), total=cfg.steps, initial=run["step"], disable=RANK > 0)
     recent, since = [], time.time()
-    for step, batch in enumerate(prefetched(data.batch, rows), run["step"] + 1):
+    for step, batch in enumerate(bar, run["step"] + 1):
         # The batch, and everything random
         latents, y, features, cls = (array.to(device, non_blocking=True) for array in batch)     # (b, ...)
         eps, u, drop, noise, eps_cls = draws(cfg, step, data, device)                            # (N, ...)
@@ -212,7 +212,6 @@ def train(cfg, stop):
         # Once in a while, and only then is the GPU waited for: a row of the log, a checkpoint, pictures
         run["step"] = step
         recent += [torch.stack([L_all.mean(), A_all.mean(), norm])]
-        bar.update()
         save = step % cfg.save_every == 0 or step == cfg.steps
         picture = step % cfg.sample_every == 0 or step == cfg.steps
         if step % cfg.log_every == 0 or save or picture:
@@ -225,7 +224,6 @@ def train(cfg, stop):
             if stopping:
                 break
             recent, since = [], time.time()
-    bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -257,6 +255,11 @@ def time_features(t):
     return torch.cat([torch.cos(angle), torch.sin(angle)], 1)
 
 
+def named(**modules):
+    """Modules one after the other, with these names in the state dict."""
+    return nn.Sequential(collections.OrderedDict(modules))
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -282,10 +285,10 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(collections.OrderedDict(
+        self.mlp = named(
             fc1=nn.Linear(width, 4 * width),
             act=nn.GELU("tanh"),
-            fc2=nn.Linear(4 * width, width)))
+            fc2=nn.Linear(4 * width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -295,7 +298,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """x (B, T, D), c (B, D) -> the patches (B, T, out); with cls_dim also the class token, which is x[:, 0]."""
+    """x (B, T, D), c (B, D) -> the patches (B, T, out); with cls_dim also the class token, x[:, 0]."""
 
     def __init__(self, width, out, cls_dim=0):
         super().__init__()
@@ -313,15 +316,14 @@ class FinalLayer(nn.Module):
 
 def mlp(*widths):
     """Linear layers of these widths with SiLU between them."""
-    layers = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
-    return nn.Sequential(layers[0], *[part for layer in layers[1:] for part in (nn.SiLU(), layer)])
+    layers = []
+    for i, o in zip(widths, widths[1:]):
+        layers += [nn.Linear(i, o), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class ConvProjector(nn.Conv2d):
-    """A 3 x 3 convolution over the grid of tokens: (B, T, D) -> (B, T, feature_dim) [iREPA]."""
-
-    def __init__(self, width, *hidden):
-        super().__init__(width, hidden[-1], 3, padding=1)
+    """A convolution over the grid of tokens: (B, T, D) -> (B, T, feature_dim) [iREPA]."""
 
     def forward(self, h):
         side = math.isqrt(h.shape[1])
@@ -329,16 +331,18 @@ class ConvProjector(nn.Conv2d):
         return super().forward(image).flatten(2).mT
 
 
-PROJECTORS = {"mlp": mlp, "conv": ConvProjector}
+PROJECTORS = {                               # width, hidden width, feature_dim -> module
+    "mlp": lambda width, hidden, out: mlp(width, hidden, hidden, out),
+    "conv": lambda width, hidden, out: ConvProjector(width, out, 3, padding=1),
+}
 
 
 class SiT(nn.Module):
     """Scalable interpolant transformer: x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W).
 
-    feature_dim: width D of the alignment targets; 0: no projector. features=True: returns (velocity, z), z
-    (B, T, D) being the projected tokens of block encoder_depth (None without a projector); "only": just z.
-    The projector never runs when nobody asks for it. cls_dim: width of REG's class token, which then must
-    come in as cls (B, cls_dim) and is the first of 1 + T tokens; with cls: returns (velocity, z, v_cls)."""
+    features=True -> velocity, z (B, T, feature_dim), the projected tokens of block encoder_depth (None where
+    feature_dim is 0); "only" -> z alone. With REG's class token cls (B, cls_dim), which is the first of 1 + T
+    tokens -> velocity, z (None if not asked for), the velocity of the class token."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
                  encoder_depth=8, feature_dim=0, projector_width=2048, projector="mlp", bottleneck=0,
@@ -347,18 +351,17 @@ class SiT(nn.Module):
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         vars(self).update(self.arch, checkpointing=False)    # every argument is an attribute, too
         self.shape = channels, size, size
-        P, table = projector_width, nn.Embedding(num_classes + 1, width)         # its last row: no class
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, bottleneck or width, patch, patch)})
+        self.x_embedder = named(proj=nn.Conv2d(channels, bottleneck or width, patch, patch))
         if bottleneck:
-            self.x_embedder["widen"] = nn.Conv2d(bottleneck, width, 1)   # [JiT]
-        code = position_embedding(width, size // patch)
-        self.t_embedder = nn.ModuleDict({"mlp": mlp(256, width, width)})
-        self.y_embedder = nn.ModuleDict({"embedding_table": table})
+            self.x_embedder.widen = nn.Conv2d(bottleneck, width, 1)      # [JiT]
+        self.t_embedder = named(mlp=mlp(256, width, width))
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, width))    # last: no class
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels, cls_dim)
         self.projectors = nn.ModuleList()
         if feature_dim:
-            self.projectors.append(PROJECTORS[projector](width, P, P, feature_dim))
+            self.projectors.append(PROJECTORS[projector](width, projector_width, feature_dim))
+        code = position_embedding(width, size // patch)
         if cls_dim:                                          # [REG]
             self.cls_projectors2 = nn.Linear(cls_dim, width)
             self.wg_norm = nn.LayerNorm(width, eps=1e-6)
@@ -367,15 +370,12 @@ class SiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for patches in self.x_embedder.values():
-            nn.init.xavier_uniform_(patches.weight.flatten(1))           # as a linear layer of the patches
-            nn.init.zeros_(patches.bias)
-        time = self.t_embedder["mlp"]
-        for layer in (time[0], time[2], self.y_embedder["embedding_table"]):
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for layer in (*linear, *self.x_embedder):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))             # patches: as a linear layer of them
+            nn.init.zeros_(layer.bias)
+        time = self.t_embedder.mlp
+        for layer in (time[0], time[2], self.y_embedder.embedding_table):
             nn.init.normal_(layer.weight, std=0.02)
         for name, weight in self.named_parameters():
             if "adaLN" in name or name.startswith("final_layer"):
@@ -383,16 +383,14 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y, features=False, cls=None):
         B, C, H, W = x.shape
-        p, h, z, v_cls = self.patch, x, None, cls
-        for patches in self.x_embedder.values():
-            h = patches(h)                                   # (B, D, H / p, W / p)
-        h = h.flatten(2).mT                                  # (B, T, D)
+        p, z, v_cls = self.patch, None, cls
+        h = self.x_embedder(x).flatten(2).mT                 # (B, T, D)
         if self.cls_dim:
             token = self.wg_norm(self.cls_projectors2(cls))
             h = torch.cat([token[:, None], h], 1)            # (B, 1 + T, D)
         h = h + self.pos_embed
         with torch.autocast(x.device.type, enabled=False):   # 16 bits are too few for t
-            c = self.t_embedder["mlp"](time_features(t)) + self.y_embedder["embedding_table"](y)     # (B, D)
+            c = self.t_embedder(time_features(t)) + self.y_embedder(y)   # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if self.checkpointing else block(h, c)
             if features and depth == self.encoder_depth and self.projectors:
@@ -488,9 +486,7 @@ class Latents:
         return len(self.labels)
 
     def batch(self, rows):
-        """Rows (b,) as they lie on disk: latents, labels, features with the class token first, class tokens.
-
-        Features and class tokens are (b, 0) where nobody asked for them."""
+        """Rows (b,) as on disk: latents, labels, features (with cls first), cls; (b, 0) if not asked for."""
         arrays = [torch.from_numpy(read_rows(array, rows)) for array in self.arrays]
         if self.feature_dim and self.cls_dim:                # REG aligns the class token, too
             _, _, features, cls = arrays
@@ -522,9 +518,10 @@ class Latents:
         if not 0.5 < x.std() < 2:
             raise Refused(f"the model would see a standard deviation of {x.std():.3g}, and 0.5 to 2 "
                           f"is accepted: is the scale in meta.json, {self.meta['scale']}, wrong?")
-        std, mean = (a.numpy().round(3) for a in torch.std_mean(x, (0, 2, 3)))
+        std, mean = torch.std_mean(x, (0, 2, 3))
         return (f"{len(self)} latents {tuple(x.shape[1:])}, {self.classes} classes, features "
-                f"{self.features.shape[1:]}; the model sees mean {mean}, standard deviation {std}")
+                f"{self.features.shape[1:]}; the model sees mean {mean.numpy().round(3)}, "
+                f"standard deviation {std.numpy().round(3)}")
 
 
 def seed_of(seed, n):
@@ -556,8 +553,8 @@ def prefetched(read, jobs, ahead=8):
 
 
 def draws(cfg, step, data, device):
-    """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for seen,
-    and the noise of the class token (N, cls_dim)."""
+    """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for
+    Latents.seen, used with moments alone, and the noise of the class token (N, cls_dim)."""
     random = dict(generator=torch.Generator(device).manual_seed(seed_of(cfg.seed, step - 1)), device=device)
     shape = cfg.batch, *data.shape
     eps = torch.randn(shape, **random)
@@ -571,17 +568,15 @@ def draws(cfg, step, data, device):
 
 
 def start_density(cfg, data, device):
-    """The density of t that a run starts with: dict of t, pdf (T,), the mean of the nearest logit-normal, and
-    vr_loss's loss and count in each bin.
-
-    vr_gaussian is an eigenvalue problem of the size of the latents, or of their middle 32 x 32."""
+    """The density of t that a run starts with: t, pdf (T,), and the mean of the nearest logit-normal."""
     path = fpo.PATHS[cfg.path]
     bins = 100 if cfg.timesteps == "vr_loss" else 1000
     t = (torch.arange(bins, device=device).double() + 0.5) / bins
     t = t.clamp_min(fpo.FIRST_T[cfg.path])
     alpha, sigma, _, _ = path(t)
-    pdf, zero = torch.ones_like(t), torch.zeros_like(t)
+    pdf = torch.ones_like(t)
     if cfg.timesteps in ("vr_gaussian", "vr_logit_normal"):
+        # An eigenvalue problem of the size of the latents, or of their middle 32 x 32
         middle = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
         x = data.some(max(8192, 4096 * data.channels), side=middle).flatten(1)
         V = fpo.gaussian_posterior_variance(x.to(device), alpha / sigma)
@@ -591,17 +586,16 @@ def start_density(cfg, data, device):
         V = fpo.posterior_variance(x.to(device), alpha / sigma, 500, random)
         pdf = fpo.vr_density(V, t, path)
     mean, _ = fpo.logit_normal_location(t, pdf, cfg.logit_std)           # [VR Sec. 4.3]
-    density = dict(t=t, pdf=pdf, loss=zero, count=zero, mean=zero[0] + mean)
-    return {name: value.float() for name, value in density.items()}
+    return dict(t=t.float(), pdf=pdf.float(), mean=mean)
 
 
 def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
     """vr_loss: the pdf follows the mean loss at each t, the network's estimate of h^2 V [VR Lemma 3.1]."""
     bins = len(density["t"])
-    bin = (t * bins).long().clamp(0, bins - 1)
-    member = (bin[:, None] == torch.arange(bins, device=t.device)).float()               # (N, bins)
-    density["loss"] = loss = decay * density["loss"] + losses @ member
-    density["count"] = count = decay * density["count"] + member.sum(0)
+    bin = (t * bins).long().clamp_max(bins - 1)
+    member = torch.eye(bins, device=t.device)[bin]                       # (N, bins)
+    density["loss"] = loss = decay * density.get("loss", 0) + losses @ member
+    density["count"] = count = decay * density.get("count", 0) + member.sum(0)
     curve = torch.where(count > 0, loss / count.clamp_min(1e-9), loss.sum() / count.sum())
     density["pdf"] = (1 - uniform) * curve / curve.mean() + uniform
 
@@ -610,8 +604,7 @@ def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
 # VRPO: alignment as a reward, in place of REPA's loss
 
 
-def vrpo_losses(z, features, run, cfg, model, out, x, eps, cls, eps_cls, t, y, nearer=0.02,
-                weights=(0.3, 0.5, 0.2)):
+def vrpo_losses(z, features, run, cfg, model, out, x, eps, cls, eps_cls, t, y):
     """VRPO's losses of our images (b,); updates run["moments"], the moving moments of features and rewards.
 
     The blocks after encoder_depth get no gradient: z ends before them, and the prediction is detached."""
@@ -619,7 +612,7 @@ def vrpo_losses(z, features, run, cfg, model, out, x, eps, cls, eps_cls, t, y, n
     x_t, _ = fpo.interpolate(x, eps, t, path)
     v_hat = TO_VELOCITY[cfg.predict](out.detach().float(), x_t, t, path)
     distance = fpo.perceptual_distance(fpo.x_from_velocity(v_hat, x_t, t, path), x)
-    t_near = (t - nearer).clamp_min(fpo.FIRST_T[cfg.path])
+    t_near = (t - 0.02).clamp_min(fpo.FIRST_T[cfg.path])
     x_near, _ = fpo.interpolate(x, eps, t_near, path)
     cls_near, _ = fpo.interpolate(cls, eps_cls, t_near, path)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -629,7 +622,7 @@ def vrpo_losses(z, features, run, cfg, model, out, x, eps, cls, eps_cls, t, y, n
     semantic = -fpo.alignment_loss(z, features)
     rewards = torch.stack([frechet - distance, semantic, fpo.stability_reward(z, z_near)])       # (3, b)
     moments["reward"] = fpo.moving_moments(gather(rewards.T), moments.get("reward"))
-    return fpo.vrpo_loss(rewards, moments["reward"], weights)
+    return fpo.vrpo_loss(rewards, moments["reward"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -708,8 +701,9 @@ def resume(path, device, cfg, model, ema, opt):
         was = saved["config"].get(name, getattr(Config, name))
         if was != value and name not in FREE:
             raise Refused(f"{path} was made with --{name} {was}, not {value}: choose another --out")
-    for part, name in ((model, "model"), (ema, "ema"), (opt, "opt")):
-        part.load_state_dict(saved[name])
+    model.load_state_dict(saved["model"])
+    ema.load_state_dict(saved["ema"])
+    opt.load_state_dict(saved["opt"])
     return {name: saved[name] for name in ("step", "density", "moments", "log")}
 
 
@@ -758,8 +752,8 @@ def from_published(state):
     state, last, first = dict(state), "final_layer.linear.", "t_embedder.mlp.0.weight"
     tokens, width = state["pos_embed"].shape[1:]
     C, p = state["x_embedder.proj.weight"].shape[1:3]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    like = next(m for m in MODELS.values() if (m["width"], m["depth"]) == (width, depth))    # its heads
+    depth = sum(name.endswith("attn.qkv.weight") for name in state)
+    like = next(m for m in MODELS.values() if (m["width"], m["depth"]) == (width, depth))    # heads and more
     classes = len(state["y_embedder.embedding_table.weight"]) - 1
     arch = dict(like, size=math.isqrt(tokens) * p, channels=C, patch=p, num_classes=classes)
     if "projectors.0.4.weight" in state:
@@ -771,8 +765,8 @@ def from_published(state):
             state[name] = -state[name].unflatten(0, (p * p, 2 * C))[:, :C].flatten(0, 1)
         W = state[first].double()
         w, (cos, sin) = time_frequencies(W), W.chunk(2, 1)
-        reversed = [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()]
-        state[first] = torch.cat(reversed, 1).to(state[first])
+        turned = [cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()]
+        state[first] = torch.cat(turned, 1).to(state[first])
     return state, arch
 
 
@@ -783,9 +777,8 @@ COLUMNS = "step,loss,align,grad_norm,moved,ess,lr,images_per_s"              # R
 
 
 def log_row(cfg, run, recent, seconds, c, lr):
-    """Add a row to run["log"] and write out/log.csv -> the loss. Refused if a number is not finite.
-
-    recent: losses, alignment losses and gradient norms since the last row. c (N,): the last weights."""
+    """A row more in out/log.csv, of the losses and norms since the last row and the last weights c (N,)
+    -> the mean loss. Refused if a number is not finite."""
     loss, align, norm = torch.stack(recent).mean(0).tolist()
     if not math.isfinite(loss + align + norm):
         raise Refused(f"the loss is not finite at step {run['step']} or shortly before; the last checkpoint: "
@@ -840,18 +833,16 @@ def say(message):
         print(message, flush=True)
 
 
-def start_processes(strict=True):
-    """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all.
-
-    strict: products of float32 are float32 on a GPU, too, and not TF32, which is several times faster."""
+def start_processes(strict):
+    """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # TF32 makes products of float32 several times faster, at 10 bits
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))      # NCCL for GPUs, gloo for CPUs
     return device
 
 
@@ -872,10 +863,10 @@ def gather(x):
 
 
 def gather_with_grad(x):
-    """The same with world times the gradient in our own rows, since DistributedDataParallel averages."""
-    everyone, b = gather(x).clone(), len(x)
-    everyone[RANK * b:RANK * b + b] = WORLD * x - (WORLD - 1) * x.detach()
-    return everyone
+    """gather, with a gradient to our own rows: WORLD times it, because DistributedDataParallel averages."""
+    parts = list(gather(x).split(len(x)))
+    parts[RANK] = WORLD * x - (WORLD - 1) * x.detach()
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -969,7 +960,7 @@ def check(cfg, data):
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, CHOICES, LOWEST, HIGHEST, argv, __doc__.split("\n\nThe method")[0])
+    cfg = parse_flags(Config, CHOICES, LOWEST, HIGHEST, argv, __doc__)
     if cfg.data == Config.data:
         from data import font_digits
         font_digits.ensure()
