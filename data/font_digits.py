@@ -9,7 +9,7 @@ Each image shows one digit in one of 20 faces, with random size, rotation, slant
     cls.npy       (N, 64) float16         its pooled embedding, with a mean square of 2 as DINOv2's: for REG
     meta.json     scale, bias, num_classes, ...; written last
     judge.pt      a classifier trained on other draws, used by sample.py --metrics and never in training
-The same seed draws the same images everywhere; the two networks agree between machines up to float rounding.
+The same seed draws the same images everywhere. The two networks are trained, so they depend on rounding, too.
 """
 import argparse
 import functools
