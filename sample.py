@@ -72,7 +72,8 @@ def generate(model, config, cfg, rows, device):
 
     Every image has its own generator: for its noise, then its label, then the noise of the SDE."""
     pixels, D = math.prod(model.shape), model.cls_dim
-    generators = [torch.Generator().manual_seed(train_sit.seed_of(cfg.seed, int(row))) for row in rows]
+    seeds = [train_sit.seed_of(cfg.seed, -1 - int(row)) for row in rows]     # training counts upwards
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(pixels + D, generator=g) for g in generators])
     labels = torch.cat([torch.randint(model.num_classes, (1,), generator=g) for g in generators])
     if cfg.classes:

@@ -1605,7 +1605,7 @@ def test_reg_trains_with_every_alignment_resumes_exactly_and_samples(reg_folder,
 @pytest.mark.parametrize("cls_guidance, theirs", [(-1, 2.3), (0, 1), (1.5, 1.5)])
 def test_reg_s_guidance_has_a_scale_of_its_own_for_the_class_token(monkeypatch, cls_guidance, theirs):
     """Oracle: the SDE of the published script by hand, image and class token apart, on the same noises."""
-    model, generators = awake(train_sit.SiT(**REG)), [seeded(train_sit.seed_of(5, k)) for k in range(3)]
+    model, generators = awake(train_sit.SiT(**REG)), [seeded(train_sit.seed_of(5, -1 - k)) for k in range(3)]
     split, ends = train_sit.split_image, []
     monkeypatch.setattr(train_sit, "split_image", lambda *a: ends.append(split(*a)) or ends[-1])
     cfg = sample.Config(sampler="sde", steps=4, guidance=2.3, cls_guidance=cls_guidance, interval=(0, 0.85), seed=5)
@@ -1929,6 +1929,17 @@ def test_frechet_distance_of_gaussians_and_precision_recall_of_known_sets():
     assert sample.precision_recall(real, real) == (1, 1)
     precision, recall = sample.precision_recall(real, torch.cat([real[:250] * 0.01, real[250:] + 100]))
     assert precision == 0.5 and recall < 0.05
+
+
+def test_no_sample_starts_from_a_noise_that_training_drew():
+    cfg, data = train_sit.Config(batch=4), types.SimpleNamespace(shape=(1, 8, 8), moments=False, cls_dim=0)
+    drawn = torch.cat([train_sit.draws(cfg, step, data, torch.device("cpu"))[0] for step in range(1, 50)])
+    model = types.SimpleNamespace(shape=(1, 8, 8), cls_dim=0, num_classes=10)
+    starts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sample.SAMPLERS, "heun", lambda v, x, *_: starts.append(x) or x)
+        sample.generate(model, dict(predict="v", path="linear"), sample.Config(), np.arange(50), torch.device("cpu"))
+    assert torch.cdist(starts[0], drawn.flatten(1)).min() > 1
 
 
 def test_metrics_judge_the_pixels_that_were_written(folder, trained, tmp_path):

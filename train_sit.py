@@ -525,7 +525,7 @@ class Latents:
 
 
 def seed_of(seed, n):
-    """The seed of the n-th step or image: 32 bits, all that a generator on a CPU keeps. n where seed = 0."""
+    """The seed of step n >= 0 or of image -1 - n: 32 bits, all that a generator on a CPU keeps."""
     return (seed * 0x9E3779B1 + n) % 2 ** 32
 
 
