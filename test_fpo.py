@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "study"))
 import ablation  # noqa: E402
 import measures  # noqa: E402
+import race  # noqa: E402
 import speed  # noqa: E402
 
 paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
@@ -909,7 +910,7 @@ def test_function_runs_from_its_own_source_torch_and_the_neighbours_its_docstrin
 # toy2d.py: the oracles and measures on which its figures rest
 
 
-DATA_2D = toy2d.data_sets()
+DATA_2D = race.data_sets()
 
 
 def test_the_fisher_trace_is_e_J_JT_e():
@@ -989,9 +990,8 @@ def test_distances_see_a_shift_as_large_as_it_is():
 @pytest.mark.parametrize("arguments, says", [("lottery", "'race'"), ("race --seeds 2", "4 or more"), ("race --steps many", "invalid int")])
 def test_a_bad_toy2d_argument_is_answered_before_any_work(arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy2d.py", *arguments.split()])
-    monkeypatch.setattr(toy2d, "EXPERIMENTS", dict.fromkeys(toy2d.EXPERIMENTS))
     with pytest.raises(SystemExit):
-        toy2d.main()
+        toy2d.main(dict.fromkeys(toy2d.EXPERIMENTS), {}, "unused")
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 

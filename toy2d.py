@@ -7,7 +7,7 @@
     meanflow    What does the noise of MeanFlow's target cost, and which velocity takes it out?
 
     python toy2d.py                     # all five, figures in assets/
-    python toy2d.py race --full         # one of them, with all data sets and methods
+    python toy2d.py race                # one of them; study/race.py adds data sets and policies
 
 The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. Every training
 runs S seeds at once; all methods see the same initialisations, data, eps and u. Papers: see fpo.py.
@@ -116,19 +116,12 @@ def circle(angle):
 
 
 def data_sets():
-    """name -> Mixture. Curves and squares are rows of Gaussians, closer than they are wide."""
+    """name -> Mixture. A square is rows of Gaussians, closer than they are wide."""
     ring = circle(torch.arange(8) * math.pi / 4)
     side = (torch.arange(6) + 0.5) / 6
     dark = [(i, j) for i in range(4) for j in range(i % 2, 4, 2)]
     squares = [torch.cartesian_prod(side + i, side + j) for i, j in dark]
-    arc = circle(torch.linspace(0, math.pi, 60))
-    moons = torch.cat([arc, torch.tensor([1, 0.5]) - arc])
-    a = 3 * math.pi * torch.linspace(1 / 6, 1, 150).sqrt()              # nearly even along the curve
-    return {
-        "8 Gaussians": Mixture(ring, 0.1),
-        "checkerboard": Mixture(torch.cat(squares), 0.1),
-        "two moons": Mixture(moons, 0.08),
-        "spiral": Mixture(a[:, None] * circle(a), 0.25)}
+    return {"8 Gaussians": Mixture(ring, 0.1), "checkerboard": Mixture(torch.cat(squares), 0.1)}
 
 
 # ---- S networks at once, and their training --------------------------------------------------------------
@@ -336,7 +329,7 @@ def fisher(args):
     t = (torch.arange(T) + 0.5) / T
     t = t.repeat_interleave(n).expand(len(args.seeds), -1)
     results = {}
-    for name, data in args.sets:
+    for name, data in args.sets.items():
         params = train(data, args.seeds, args.steps, ema=0, name=name)
         fresh_seeds = [7000 + seed for seed in args.seeds]
         x, eps, _ = next(batches(data, fresh_seeds, T * n, block=1))
@@ -409,7 +402,7 @@ def variance(args):
     """VR draws t from pi(t) ~ h^2 V(t), the irreducible loss [VR Lemma 3.1]: which estimator finds it?
     Oracle in 2D: quadrature against the true density. In high dimension Monte Carlo on M points sees how far
     apart the points are; the oracle is the closed form, exact because the synthetic data are Gaussian."""
-    data, g = data_sets()["8 Gaussians"], seeded(args.seed)
+    data, g = data_sets()["8 Gaussians"], seeded(0)
     x = data.sample(2000, g)
     sets = wide_data(g)
     curves = {}                                                         # path -> label -> h^2 V (T,)
@@ -479,12 +472,12 @@ def vr(V, reweight=False):
     return lambda u: fpo.sample_timesteps(u, GRID, pdf), inverse if reweight else ONES
 
 
-def policies(data, full):
+def policies(data):
     """name -> policy. The paper's beta is 2; N / 2 is a third of all weight."""
     coarse = GRID[::3]
     V = np.interp(GRID, coarse, data.variance(coarse, points=81))
     V = torch.from_numpy(V)
-    table = {
+    return {
         "uniform": UNIFORM,
         "FPO, β = 2": fpo_of(2),
         "FPO, β = N/2": fpo_of(N / 2),
@@ -495,18 +488,6 @@ def policies(data, full):
         "logit-normal t, m = 0": (fpo.logit_normal_timesteps, ONES),
         "VR": vr(V),
         "VR, weights 1/π": vr(V, reweight=True)}
-    if full:
-        alpha, sigma, _, _ = fpo.linear(GRID)
-        snr, x = alpha / sigma, data.sample(2000, seeded(0))
-        loss = network_loss(data, fpo.linear, range(4), 500)
-        table |= {
-            "VR, Monte Carlo, M = 200": vr(fpo.posterior_variance(x[:200], snr, 200, seeded(0))),
-            "VR, Gaussian": vr(fpo.gaussian_posterior_variance(x, snr)),
-            "VR, network": vr(loss * GRID ** 2),                        # h = 1 / t on this path
-            "FPO, β = N/8": fpo_of(N / 8),
-            "FPO, β = N/2, w detached": fpo_of(N / 2, weigh=fpo.fpo_weights),
-            "P2": (SAME, lambda losses, t: torch.vmap(fpo.p2_weights)(t))}
-    return table
 
 
 def compete(data, seeds, steps, methods):
@@ -520,12 +501,12 @@ def compete(data, seeds, steps, methods):
     return scores, samples
 
 
-def race(args):
+def race(args, policies=policies):
     """Does any policy beat uniform [FPO Table 5, 6; VR Table 2]? And what does FPO converge to?
     Paired: all methods see the same initialisations, data, eps and u. Floor: the exact velocity."""
     results = {}
-    for name, data in args.sets:
-        scores, _ = compete(data, args.seeds, args.steps, policies(data, args.full))
+    for name, data in args.sets.items():
+        scores, _ = compete(data, args.seeds, args.steps, policies(data))
         print_means(name, MEASURES, scores, digits=4)
         del scores["exact velocity"]
         uniform = scores["uniform"]
@@ -582,7 +563,7 @@ def samplers(args):
     for the random samplers, independent exact samples."""
     S, n = 8, 1024
     data = data_sets()["8 Gaussians"]
-    v, g = data.velocity, seeded(args.seed)
+    v, g = data.velocity, seeded(0)
     z = noise(n, range(1, 1 + S)).flatten(0, 1).double()
     flow = fpo.dopri5(v, z, 1e-9, 1e-9)
     other = noise(4 * n, [0])[0].double()
@@ -743,11 +724,10 @@ def meanflow(args):
     """MeanFlow's target has v twice, to regress on and as tangent of du/dt [LV]: what does the second cost?
     8 seeds, half of the steps, paired as in race. Floor: Heun on the exact velocity; with 100 steps exact."""
     stops = [max(1, args.steps // 10) * k for k in range(1, 6)]
-    names, sets = zip(*args.sets[:2])
-    seeds = [*args.seeds[:8]] * 3
+    run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
     with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        results = dict(zip(names, pool.map(one_step, names, sets, [seeds] * 2, [stops] * 2)))
+        results = dict(zip(args.sets, pool.map(run, args.sets, args.sets.values())))
     for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
         ratios = {label: paired_ratio(d, table["λ = 1"]) for label, d in table.items()}
@@ -792,24 +772,20 @@ EXPERIMENTS = {
     "fisher": fisher, "variance": variance, "race": race, "samplers": samplers, "meanflow": meanflow}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", nargs="*", default="all", choices=["all", *EXPERIMENTS])
-    parser.add_argument("--full", action="store_true", help="fisher, race: all data sets and methods")
-    parser.add_argument("--out", type=Path, default="assets", help="folder of the figures")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+def main(experiments, sets, out):
+    """Runs those of experiments, name -> function(args) -> figure, title, that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("experiment", nargs="*", default="all", choices=["all", *experiments])
+    parser.add_argument("--out", type=Path, default=out, help="folder of the figures")
     parser.add_argument("--seeds", type=int, default=16, help="how many, at least 4")
     parser.add_argument("--steps", type=int, default=1000, help="of training")
     args = parser.parse_args()
     if args.seeds < 4:
         parser.error("--seeds: 4 or more are needed for an interval")
     args.out.mkdir(parents=True, exist_ok=True)
-    args.seeds = range(args.seed, args.seed + args.seeds)
-    args.sets = list(data_sets().items())
-    if not args.full:
-        args.sets = args.sets[:2]
-    for name in EXPERIMENTS if "all" in args.experiment else args.experiment:
-        fig, title = EXPERIMENTS[name](args)
+    args.seeds, args.sets = range(args.seeds), sets
+    for name in experiments if "all" in args.experiment else args.experiment:
+        fig, title = experiments[name](args)
         fig.suptitle(title, weight="bold")
         path = args.out / f"toy2d_{name}.png"
         fig.savefig(path)
@@ -817,4 +793,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(EXPERIMENTS, data_sets(), "assets")
