@@ -58,13 +58,11 @@ class Mixture:
 
     def __init__(self, centres, s, w=None):
         c = torch.as_tensor(centres, dtype=torch.float64)
-        w = w or [1 / len(c)] * len(c)
-        self.w = torch.as_tensor(w, dtype=c.dtype)
+        self.w = torch.tensor(w or [1 / len(c)] * len(c), dtype=c.dtype)
         c = c - self.w @ c
         mean_square = self.w @ c.square().sum(1) / 2 + s ** 2
         scale = mean_square.sqrt().item()
-        self.c = c / scale
-        self.s = s / scale
+        self.c, self.s = c / scale, s / scale
 
     def sample(self, n, generator):
         k = torch.multinomial(self.w, n, replacement=True, generator=generator)
@@ -210,32 +208,12 @@ def sliced_wasserstein(x, y, directions=32):
     return (x - y).abs().mean((1, 2))
 
 
-def noise(n, seeds):
-    """Normal points (S, n, 2), evenly spread (scrambled Sobol): that makes distances sharp."""
-    engines = [torch.quasirandom.SobolEngine(2, True, seed) for seed in seeds]
-    u = torch.stack([engine.draw(n) for engine in engines])
-    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-
-
-def judge(data, seeds, n=1024):
-    """A function that maps a velocity v(x, t), x (S, n, 2), to its samples by Heun and to MEASURES (S, 2).
-    The distance is to the exact flow of other noise. The squared velocity error is E |v - E[v | x_t]|^2 / 2
-    over uniform t: the loss minus the irreducible loss."""
-    S, g = len(seeds), seeded(1)
-    z = noise(n, [1 + seed for seed in seeds])
-    y = fpo.heun(data.velocity, noise(4 * n, [0])[0], 100)
-    t = torch.rand(4 * n, generator=g)
-    x, eps = data.sample(4 * n, g), torch.randn(4 * n, 2, generator=g)
-    x_t, _ = fpo.interpolate(x, eps, t)
-    exact = data.velocity(x_t, t)
-    x_t, t = x_t.expand(S, -1, 2), t.expand(S, -1)
-
-    def measure(v):
-        x = fpo.heun(v, z, 16)
-        error = (v(x_t, t) - exact).square().mean((1, 2))
-        return x, torch.stack([sliced_wasserstein(x, y), error], 1)
-
-    return measure
+def noise(seeds, n=1024):
+    """Normal points (S, n, 2) and (4 n, 2), evenly spread (scrambled Sobol): that makes distances sharp."""
+    engines = [torch.quasirandom.SobolEngine(2, True, k) for k in (0, *(1 + seed for seed in seeds))]
+    u = torch.stack([engine.draw(4 * n) for engine in engines])
+    z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+    return z[1:, :n], z[0]
 
 
 def interval(a):
@@ -335,12 +313,11 @@ def fisher(args):
         x, eps, _ = next(batches(data, fresh_seeds, T * n, block=1))
         x_t, v = fpo.interpolate(x, eps, t)
         L, F = fisher_traces(params, x_t, v, t)
-        at_random = [overlap(L, F, q) for q in FRACTIONS]
-        L, F = L.unflatten(1, (T, n)), F.unflatten(1, (T, n))           # a row for every t
-        shared = [overlap(L, F, q).mean(1) for q in FRACTIONS]
-        results[name] = {
-            "random t": torch.stack(at_random, 1),
-            "shared t": torch.stack(shared, 1)}
+        results[name] = {}
+        for way, rows in ("random t", 1), ("shared t", T):              # ranked in every row
+            a, b = L.unflatten(1, (rows, -1)), F.unflatten(1, (rows, -1))
+            shares = [overlap(a, b, q).mean(1) for q in FRACTIONS]
+            results[name][way] = torch.stack(shares, 1)
         print_means(f"{name}: overlap of the top losses and the top traces", FRACTIONS, results[name])
     return fisher_figure(results)
 
@@ -491,13 +468,27 @@ def policies(data):
 
 
 def compete(data, seeds, steps, methods):
-    """Trains by every method: name -> MEASURES (S, 2), name -> samples (S, n, 2)."""
-    measure = judge(data, seeds)
-    x, score = measure(data.velocity)
-    scores, samples = {"exact velocity": score}, {"exact velocity": x}
+    """Trains by every method: name -> MEASURES (S, 2), name -> samples (S, n, 2), by Heun.
+    The distance is to the exact flow of other noise. The squared velocity error is E |v - E[v | x_t]|^2 / 2
+    over uniform t: the loss minus the irreducible loss."""
+    fields = {"exact velocity": data.velocity}
     for method, policy in methods.items():
-        params = train(data, seeds, steps, *policy, name=method)
-        samples[method], scores[method] = measure(partial(forward, params))
+        fields[method] = partial(forward, train(data, seeds, steps, *policy, name=method))
+    S, g = len(seeds), seeded(1)
+    z, other = noise(seeds)
+    n = len(other)
+    y = fpo.heun(data.velocity, other, 100)
+    t = torch.rand(n, generator=g)
+    x, eps = data.sample(n, g), torch.randn(n, 2, generator=g)
+    x_t, _ = fpo.interpolate(x, eps, t)
+    exact = data.velocity(x_t, t)
+    x_t, t = x_t.expand(S, -1, 2), t.expand(S, -1)
+    samples = {method: fpo.heun(v, z, 16) for method, v in fields.items()}
+    scores = {}
+    for method, v in fields.items():
+        error = (v(x_t, t) - exact).square().mean((1, 2))
+        distance = sliced_wasserstein(samples[method], y)
+        scores[method] = torch.stack([distance, error], 1)
     return scores, samples
 
 
@@ -561,13 +552,13 @@ def samplers(args):
     """Samplers on the exact velocity, so that nothing but the sampler is judged: error against NFE.
     Error: sliced Wasserstein distance to the exact flow of other noise. Floors: the exact flow itself, and,
     for the random samplers, independent exact samples."""
-    S, n = 8, 1024
+    S, g = 8, seeded(0)
     data = data_sets()["8 Gaussians"]
-    v, g = data.velocity, seeded(0)
-    z = noise(n, range(1, 1 + S)).flatten(0, 1).double()
-    flow = fpo.dopri5(v, z, 1e-9, 1e-9)
-    other = noise(4 * n, [0])[0].double()
-    y = fpo.dopri5(v, other, 1e-9, 1e-9)
+    v = data.velocity
+    z, other = noise(range(S))
+    z, other = z.flatten(0, 1).double(), other.double()
+    flow, y = (fpo.dopri5(v, start, 1e-9, 1e-9) for start in (z, other))
+    distance = lambda x: sliced_wasserstein(x.unflatten(0, (S, -1)), y)
     sde = partial(fpo.euler_maruyama, v, z, generator=g)
     ends = {
         "Euler": [fpo.euler(v, z, k) for k in NFES],
@@ -576,17 +567,14 @@ def samplers(args):
         "Euler-Maruyama, w = 2": [sde(k) for k in NFES],
         "Euler-Maruyama, w = 2, equal steps": [sde(k, last=0.0) for k in NFES],
         "exact flow": [flow] * len(NFES),
-        "independent exact samples": [data.sample(S * n, g).double()] * len(NFES)}
-    table = {}
-    for label, x in ends.items():
-        sets = torch.stack(x).unflatten(1, (S, n))                          # (NFES, S, n, 2)
-        table[label] = torch.stack([sliced_wasserstein(x, y) for x in sets], 1)
+        "independent exact samples": [data.sample(len(z), g).double()] * len(NFES)}
+    table = {label: torch.stack([distance(x) for x in xs], 1) for label, xs in ends.items()}
     print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table, digits=4)
     adaptive = {}                                                       # NFE -> distances (S,)
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
         counted = fpo.counted(v)
-        x = fpo.dopri5(counted, z, tolerance, tolerance).unflatten(0, (S, n))
-        adaptive[counted.nfe] = sliced_wasserstein(x, y)
+        x = fpo.dopri5(counted, z, tolerance, tolerance)
+        adaptive[counted.nfe] = distance(x)
     distances = torch.stack([*adaptive.values()], 1)
     print_means("the same", adaptive, {"Dormand-Prince": distances}, digits=4)
     return sampler_figure(table, adaptive, distances)
@@ -695,8 +683,8 @@ def one_step(name, data, seeds, stops):
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
     exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # v without its noise
-    z = noise(1024, [1 + seed for seed in seeds])
-    y = fpo.heun(data.velocity, noise(4096, [0])[0], 100)
+    z, other = noise(seeds)
+    y = fpo.heun(data.velocity, other, 100)
     methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP}
     methods |= {"λ*": partial(best, running(1)), "λ* by cell": partial(best, running(5))}
     methods |= {"own velocity": own, "oracle": partial(at, 0)}
