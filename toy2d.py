@@ -626,22 +626,21 @@ def running(side):
     return ratio
 
 
-def at(lam, u, points, v, mean):
-    """MeanFlow's target at points z, r, t with the tangent mean + lam (v - mean), mean = E[v | z] exact."""
-    return fpo.mean_flow_target(u, *points, v, mean + lam * (v - mean))
+def at(lam, u, z, r, t, v, mean):
+    """MeanFlow's target with the tangent mean + lam (v - mean), where mean = E[v | z] is exact."""
+    return fpo.mean_flow_target(u, z, r, t, v, mean + lam * (v - mean))
 
 
-def own(u, points, v, mean):
+def own(u, z, r, t, v, mean):
     """lam = 0, with the network's own velocity for the exact one, as improved MeanFlow has it."""
-    z, _, t = points
-    return at(0, u, points, v, u(z, t, t).detach())
+    return at(0, u, z, r, t, v, u(z, t, t).detach())
 
 
-def best(earlier, u, points, v, mean):
+def best(earlier, u, *batch):
     """The target with the least noise, by the coefficient lam* of earlier batches."""
-    _, r, t = points
-    T = at(0, u, points, v, mean)
-    xi, A_xi = v - mean, T - at(1, u, points, v, mean)
+    _, r, t, v, mean = batch
+    T = at(0, u, *batch)
+    xi, A_xi = v - mean, T - at(1, u, *batch)
     lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
     return T - lam[..., None] * A_xi
 
@@ -649,11 +648,9 @@ def best(earlier, u, points, v, mean):
 def mean_flow_loss(target, usual, params, *batch):
     """Mean of w |u - T|^2 -> (3 S,): S networks for each of WEIGHTINGS. MeanFlow's w is 1 / (|u - T|^2 + c)^p
     with p = 1; by cell, with the mean of earlier losses at about that r and t instead."""
+    z, r, t, _, _ = batch
     u = lambda z, r, t: forward(params, z, t, r)
-    *points, v, mean = (a[:, N // 2:] for a in batch)
-    late = target(u, points, v, mean)
-    z, r, t, v, _ = batch
-    T = torch.cat([v[:, :N // 2], late], 1)                             # T = v where r = t
+    T = target(u, *batch)                                               # v where r = t
     L = (u(z, r, t) - T).square().sum(-1)                               # (3 S, N)
     own_loss, ones = L.detach(), torch.ones_like(L)
     scales = ones, own_loss, usual(own_loss, ones, r, t)                # in the order of WEIGHTINGS
