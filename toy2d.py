@@ -162,12 +162,12 @@ def batches(data, seeds, n=N, block=50):
         yield from zip(x.split(n, 1), eps.split(n, 1), u.split(n, 1))
 
 
-def fit(nets, stream, loss, steps, ema=EMA, name=""):
+def fit(nets, stream, loss, steps, ema=EMA):
     """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters."""
     params = [p.requires_grad_() for p in nets]
     average = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=RATE, fused=True)
-    bar = trange(1, steps + 1, desc=name, leave=False)
+    bar = trange(1, steps + 1, leave=False)
     for step, batch in zip(bar, stream):
         L = loss(params, *batch)
         adam.zero_grad()
@@ -178,7 +178,7 @@ def fit(nets, stream, loss, steps, ema=EMA, name=""):
         yield L.detach(), average
 
 
-def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA, name=""):
+def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA):
     """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters.
     The seeds share no number: the gradient of the sum of their losses is each one's own, and Adam works
     element by element."""
@@ -189,8 +189,7 @@ def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema
         c = weights(L.detach(), t)
         return (c * L).mean(1)
 
-    for _, average in fit(new_nets(seeds), batches(data, seeds), loss, steps, ema, name):
-        pass
+    *_, (_, average) = fit(new_nets(seeds), batches(data, seeds), loss, steps, ema)
     return average
 
 
@@ -217,17 +216,12 @@ def noise(seeds, n=1024):
 
 
 def interval(a):
-    """Mean over seeds, low and high end of its 95 % interval: (S, ...) -> three (...)."""
+    """Mean over seeds, low and high end of its 95 % interval: (S, ...) -> (3, ...)."""
     nu = len(a) - 1
     quantile = 1.96 + 2.372384 / nu + 2.822707 / nu ** 2                # Student's t, expanded in 1 / nu
     half = quantile * a.std(0) / len(a) ** 0.5
     mean = a.mean(0)
-    return mean, mean - half, mean + half
-
-
-def paired_ratio(a, b):
-    """Geometric mean over seeds of a / b and its 95 % interval, as above: a, b (S, ...) -> three (...)."""
-    return [z.exp() for z in interval((a / b).log())]
+    return torch.stack([mean, mean - half, mean + half])
 
 
 def print_means(title, columns, table, digits=2):
@@ -240,35 +234,37 @@ def print_means(title, columns, table, digits=2):
     print_table(rows)
 
 
-def print_ratios(title, columns, table):
-    """A row for each label -> what paired_ratio gives."""
-    rows = [[title, *columns]]
-    for label, ratio in table.items():
-        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in zip(*ratio)]
+def print_ratios(base, columns, table):
+    """Each row of the table over its row base, paired by seed: label -> geometric mean, interval (3, columns)."""
+    ratios = {label: interval((a / table[base]).log()).exp() for label, a in table.items()}
+    rows = [[f"ratio to {base} [95 %]", *columns]]
+    for label, ratio in ratios.items():
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ratio.T]
         rows.append([label, *cells])
     print_table(rows)
+    return ratios
 
 
 def print_table(rows):
     """Lists of texts, the first a label: every column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for label, *cells in rows:
-        cells = map(str.rjust, cells, widths[1:])
-        print(label.ljust(widths[0]), *cells, sep="  ")
+        print(label.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
 
 
-def band(ax, x, a, label, of=interval):
-    """A line with its 95 % interval: x (k,), a (S, k)."""
-    mean, low, high = of(a)
+def band(ax, x, interval, label):
+    """A line with its 95 % interval (3, k): x (k,)."""
+    mean, low, high = interval
     line, = ax.plot(x, mean, label=label)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
 
 
-def dots(ax, table, xlabel):
-    """A row for each label -> (mean, low, high)."""
+def dots(ax, table, at, xlabel):
+    """A row for each label -> (mean, low, high), and a line at a value."""
     mean, low, high = zip(*table.values())
     ax.hlines(list(table), low, high)
     ax.plot(mean, list(table), "o")
+    ax.axvline(at, color="0.5", ls=":")
     ax.set(xlabel=xlabel)
 
 
@@ -308,7 +304,7 @@ def fisher(args):
     t = t.repeat_interleave(n).expand(len(args.seeds), -1)
     results = {}
     for name, data in args.sets.items():
-        params = train(data, args.seeds, args.steps, ema=0, name=name)
+        params = train(data, args.seeds, args.steps, ema=0)
         fresh_seeds = [7000 + seed for seed in args.seeds]
         x, eps, _ = next(batches(data, fresh_seeds, T * n, block=1))
         x_t, v = fpo.interpolate(x, eps, t)
@@ -326,7 +322,7 @@ def fisher_figure(results):
     fig = Figure((9, 4))
     for (name, shares), ax in zip(results.items(), fig.subplots(1, 2)):
         for way, share in shares.items():
-            band(ax, FRACTIONS, share, way)
+            band(ax, FRACTIONS, interval(share), way)
         ax.plot(FRACTIONS, FRACTIONS, "k:", label="chance")
         ax.set(title=name, xlabel="q", ylabel="overlap of the top fractions q")
         ax.legend()
@@ -341,7 +337,7 @@ def network_loss(data, path, seeds, steps, n=2048):
     """Mean loss of trained networks at every t of GRID -> (T,): an upper bound of the irreducible loss."""
     low, g, curve = GRID[0].item(), seeded(2), []
     timesteps = lambda u: low + (1 - low) * u
-    params = train(data, seeds, steps, timesteps, path=path, name="loss at each t")
+    params = train(data, seeds, steps, timesteps, path=path)
     for t in GRID.float():
         x, eps = data.sample(n, g), torch.randn(n, 2, generator=g)
         x_t, v = fpo.interpolate(x, eps, t.expand(n), path)
@@ -473,7 +469,7 @@ def compete(data, seeds, steps, methods):
     over uniform t: the loss minus the irreducible loss."""
     fields = {"exact velocity": data.velocity}
     for method, policy in methods.items():
-        fields[method] = partial(forward, train(data, seeds, steps, *policy, name=method))
+        fields[method] = partial(forward, train(data, seeds, steps, *policy))
     S, g = len(seeds), seeded(1)
     z, other = noise(seeds)
     n = len(other)
@@ -500,9 +496,7 @@ def race(args, policies=policies):
         scores, _ = compete(data, args.seeds, args.steps, policies(data))
         print_means(name, MEASURES, scores, digits=4)
         del scores["exact velocity"]
-        uniform = scores["uniform"]
-        results[name] = {method: paired_ratio(score, uniform) for method, score in scores.items()}
-        print_ratios("ratio to uniform [95 %]", MEASURES, results[name])
+        results[name] = print_ratios("uniform", MEASURES, scores)
     return race_figure(args.steps, results, bias(args.seeds, args.steps * 3 // 2))
 
 
@@ -529,14 +523,12 @@ def race_figure(steps, results, shares):
     fig = Figure((9, 4))
     *panels, right = fig.subplots(1, 3)
     for ax, (name, ratios) in zip(panels, results.items()):
-        distances = {method: [z[0] for z in ratio] for method, ratio in ratios.items()}
-        dots(ax, distances, f"{name}: distance, ratio to uniform")
-        ax.axvline(1, color="0.5", ls=":")
+        distances = {method: ratio[:, 0] for method, ratio in ratios.items()}
+        dots(ax, distances, 1, f"{name}: distance, ratio to uniform")
         ax.set(xscale="log", xticks=[1, 2, 5, 10], xticklabels=[1, 2, 5, 10])
         ax.minorticks_off()
     intervals = {method: interval(share[:, 0]) for method, share in shares.items()}
-    dots(right, intervals, "share of the 20 %")
-    right.axvline(0.2, color="0.5", ls=":")
+    dots(right, intervals, 0.2, "share of the 20 %")
     at_2, of_vr = distances["FPO, β = 2"][0], distances["VR"][0]
     rare = shares["FPO, β = N/2"].mean()
     return fig, (
@@ -584,8 +576,8 @@ def sampler_figure(table, adaptive, adaptive_distances):
     fig = Figure((9, 4))
     ax = fig.subplots()
     for label, distances in table.items():
-        band(ax, NFES, distances, label)
-    band(ax, list(adaptive), adaptive_distances, "Dormand-Prince")
+        band(ax, NFES, interval(distances), label)
+    band(ax, list(adaptive), interval(adaptive_distances), "Dormand-Prince")
     ax.set(xlabel="evaluations of v", xscale="log")
     ax.set(ylabel="sliced Wasserstein distance to the data", yscale="log")
     fig.legend(loc="outside center right")
@@ -669,12 +661,12 @@ def gradient_variance(params, stream):
             rows.append(torch.cat([p.flatten(1) for p in g], 1))
     g = torch.stack(rows, 1)[:len(L) // 3]                              # (S, 2 batches, P)
     zero, one = (part - part.mean(1, True) for part in g.chunk(2, 1))
-    best_lam = [fpo.control_coefficient(*pair) for pair in zip(zero, zero - one)]
+    best_lam = torch.vmap(fpo.control_coefficient)(zero, zero - one)
     V = [(zero + lam * (one - zero)).square().sum((1, 2)) for lam in LAMBDAS]
-    return torch.stack(best_lam)[:, None], torch.stack(V, 1) / V[0][:, None]
+    return best_lam[:, None], torch.stack(V, 1) / V[0][:, None]
 
 
-def one_step(name, data, seeds, stops):
+def one_step(data, seeds, stops):
     """Trains by every method, each seed with three weightings -> samples (3 S, n, 2), distances (S, 3) and,
     without weights, loss and distance at stops (S, 5) and the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
@@ -690,7 +682,7 @@ def one_step(name, data, seeds, stops):
         loss = partial(mean_flow_loss, target, running(5))
         source = exact if method == "oracle" else stream
         losses, distances = [], []
-        for L, params in fit(new_nets(seeds), source, loss, steps, name=f"{name}, {method}"):
+        for L, params in fit(new_nets(seeds), source, loss, steps):
             losses.append(L[:S])
             if len(losses) in stops:
                 x = fpo.mean_flow(lambda x, r, t: forward(params, x, t, r), z)
@@ -712,39 +704,40 @@ def meanflow(args):
     run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
     with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        results = dict(zip(args.sets, pool.map(run, args.sets, args.sets.values())))
+        results = dict(zip(args.sets, pool.map(run, args.sets.values())))
+    ratios = {}
     for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
-        ratios = {label: paired_ratio(d, table["λ = 1"]) for label, d in table.items()}
-        print_ratios("ratio to λ = 1 [95 %]", WEIGHTINGS, ratios)
+        ratios[name] = print_ratios("λ = 1", WEIGHTINGS, table)
         print_means(f"{name}, no weights: after steps", stops, curves, digits=3)
         print_means(f"{name}: variance of the gradient over that at λ = 1", ["λ*", *LAMBDAS],
                     {"networks of λ = 1": torch.cat([lam, V], 1)})
-    return meanflow_figure(stops, results)
+    return meanflow_figure(stops, results, ratios)
 
 
-def meanflow_figure(stops, results):
+def meanflow_figure(stops, results, ratios):
     fig = Figure((10, 5.8))
     top, (*panels, middle, right) = fig.subplots(2, 4)
-    samples, table, curves, _ = results["8 Gaussians"]
+    samples, _, curves, _ = results["8 Gaussians"]
     for ax, label in zip(top, ("Heun, 100 steps", "λ = 1", "own velocity", "oracle")):
         ax.plot(*samples[label][0].T, ".", ms=2)
         ax.set(title=label, aspect="equal", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
-    for k, (name, (_, distances, _, (best_lam, V))) in enumerate(results.items()):
-        d = torch.stack([distances[f"λ = {lam}"] for lam in SWEEP], 1)  # (S, 5, 3)
-        for j, label in enumerate(WEIGHTINGS):
-            band(panels[k], SWEEP, d[..., j], label, partial(paired_ratio, b=d[:, :1, j]))
+    for k, (name, (_, _, _, (best_lam, V))) in enumerate(results.items()):
+        sweep = torch.stack([ratios[name][f"λ = {lam}"] for lam in SWEEP], 1)   # (3, 5, 3)
+        for label, ratio in zip(WEIGHTINGS, sweep.unbind(2)):
+            band(panels[k], SWEEP, ratio, label)
         panels[k].set(title=name, xlabel="λ", ylabel="distance, ratio to λ = 1")
-        band(middle, LAMBDAS, V, name)
+        band(middle, LAMBDAS, interval(V), name)
         middle.axvline(best_lam.mean(), color=f"C{k}", ls=":", label=f"λ* = {best_lam.mean():.2f}")
     middle.set(title="variance of the gradient", xlabel="λ", ylabel="ratio to λ = 1")
     for label in ("loss, λ = 1", "loss, λ = 0", "distance, λ = 1"):
-        band(right, stops, curves[label] / curves[label][:, :1], label)
+        curve = curves[label] / curves[label][:, :1]
+        band(right, stops, interval(curve), label)
     right.set(title="8 Gaussians", xlabel="steps", ylabel=f"over that at {stops[0]} steps")
     for ax in (panels[0], middle, right):
         ax.legend()
-    plain, adaptive, by_cell = paired_ratio(table["λ = 0"], table["λ = 1"])[0]
-    noiseless, _, _ = paired_ratio(table["oracle"], table["λ = 1"])[0]
+    plain, adaptive, by_cell = ratios["8 Gaussians"]["λ = 0"][0]
+    noiseless, _, _ = ratios["8 Gaussians"]["oracle"][0]
     return fig, (
         f"8 Gaussians: λ = 0 ends {plain:.2f} times as far from the data as MeanFlow's λ = 1, "
         f"the oracle {noiseless:.2f} times;\n"
