@@ -252,9 +252,9 @@ def print_table(rows):
         print(label.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
 
 
-def band(ax, x, interval, label):
+def band(ax, x, ends, label):
     """A line with its 95 % interval (3, k): x (k,)."""
-    mean, low, high = interval
+    mean, low, high = ends
     line, = ax.plot(x, mean, label=label)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
 
@@ -628,6 +628,11 @@ def own(u, z, r, t, v, mean):
     return at(0, u, z, r, t, v, u(z, t, t).detach())
 
 
+def oracle(u, z, r, t, v, mean):
+    """Without noise: E[v | z] in both places."""
+    return at(0, u, z, r, t, mean, mean)
+
+
 def best(earlier, u, *batch):
     """The target with the least noise, by the coefficient lam* of earlier batches."""
     _, r, t, v, mean = batch
@@ -671,18 +676,16 @@ def one_step(data, seeds, stops):
     without weights, loss and distance at stops (S, 5) and the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
-    exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # v without its noise
     z, other = noise(seeds)
     y = fpo.heun(data.velocity, other, 100)
     methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP}
     methods |= {"λ*": partial(best, running(1)), "λ* by cell": partial(best, running(5))}
-    methods |= {"own velocity": own, "oracle": partial(at, 0)}
+    methods |= {"own velocity": own, "oracle": oracle}
     samples, curves = {}, {}
     for method, target in methods.items():
         loss = partial(mean_flow_loss, target, running(5))
-        source = exact if method == "oracle" else stream
         losses, distances = [], []
-        for L, params in fit(new_nets(seeds), source, loss, steps):
+        for L, params in fit(new_nets(seeds), stream, loss, steps):
             losses.append(L[:S])
             if len(losses) in stops:
                 x = fpo.mean_flow(lambda x, r, t: forward(params, x, t, r), z)
