@@ -58,7 +58,8 @@ class Mixture:
 
     def __init__(self, centres, s, w=None):
         c = torch.as_tensor(centres, dtype=torch.float64)
-        self.w = torch.tensor(w or [1 / len(c)] * len(c), dtype=c.dtype)
+        even = [1 / len(c)] * len(c)
+        self.w = torch.tensor(w or even, dtype=c.dtype)
         c = c - self.w @ c
         mean_square = self.w @ c.square().sum(1) / 2 + s ** 2
         scale = mean_square.sqrt().item()
@@ -74,14 +75,15 @@ class Mixture:
         Within component k, with q^2 = alpha^2 s^2 + sigma^2: x_t ~ N(alpha c_k, q^2), and x given x_t has
         mean (sigma^2 c_k + alpha s^2 x_t) / q^2 and variance s^2 sigma^2 / q^2."""
         c, s2 = self.c.to(x_t), self.s ** 2
+        c2 = c.square().sum(1)                                          # (K,)
         alpha, sigma, _, _ = path(t[..., None])
         q2 = alpha ** 2 * s2 + sigma ** 2
         cross = x_t @ c.T                                               # (..., K)
-        distance2 = x_t.square().sum(-1, True) - 2 * alpha * cross + alpha ** 2 * c.square().sum(1)
+        distance2 = x_t.square().sum(-1, True) - 2 * alpha * cross + alpha ** 2 * c2
         logits = self.w.to(x_t).log() - distance2 / (2 * q2)
         r = torch.softmax(logits, -1)                                   # which component: (..., K)
         mean_c = r @ c
-        spread = r @ c.square().sum(1) - mean_c.square().sum(-1)        # tr Cov[c_k | x_t]
+        spread = r @ c2 - mean_c.square().sum(-1)                       # tr Cov[c_k | x_t]
         gain = sigma ** 2 / q2
         variance = s2 * gain + gain ** 2 * spread.clamp_min(0)[..., None] / 2
         x = gain * mean_c + alpha * s2 / q2 * x_t
@@ -159,7 +161,7 @@ def batches(data, seeds, n=N, block=50):
         x = torch.stack([data.sample(m, g) for g in generators])
         eps = torch.stack([torch.randn(m, 2, generator=g) for g in generators])
         u = torch.stack([torch.rand(m, generator=g) for g in generators])
-        yield from zip(x.split(n, 1), eps.split(n, 1), u.split(n, 1))
+        yield from zip(*(a.split(n, 1) for a in (x, eps, u)))
 
 
 def fit(nets, stream, loss, steps, ema=EMA):
@@ -209,7 +211,8 @@ def sliced_wasserstein(x, y, directions=32):
 
 def noise(seeds, n=1024):
     """Normal points (S, n, 2) and (4 n, 2), evenly spread (scrambled Sobol): that makes distances sharp."""
-    engines = [torch.quasirandom.SobolEngine(2, True, k) for k in (0, *(1 + seed for seed in seeds))]
+    scrambles = [0] + [1 + seed for seed in seeds]
+    engines = [torch.quasirandom.SobolEngine(2, True, k) for k in scrambles]
     u = torch.stack([engine.draw(4 * n) for engine in engines])
     z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
     return z[1:, :n], z[0]
@@ -236,9 +239,10 @@ def print_means(title, columns, table, digits=2):
 
 def print_ratios(base, columns, table):
     """Each row of the table over its row base, paired by seed: label -> geometric mean, interval (3, columns)."""
-    ratios = {label: interval((a / table[base]).log()).exp() for label, a in table.items()}
+    ratios = {}
     rows = [[f"ratio to {base} [95 %]", *columns]]
-    for label, ratio in ratios.items():
+    for label, a in table.items():
+        ratio = ratios[label] = interval((a / table[base]).log()).exp()
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ratio.T]
         rows.append([label, *cells])
     print_table(rows)
@@ -249,7 +253,8 @@ def print_table(rows):
     """Lists of texts, the first a label: every column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for label, *cells in rows:
-        print(label.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+        cells = map(str.rjust, cells, widths[1:])
+        print(label.ljust(widths[0]), *cells, sep="  ")
 
 
 def band(ax, x, ends, label):
@@ -311,7 +316,7 @@ def fisher(args):
         L, F = fisher_traces(params, x_t, v, t)
         results[name] = {}
         for way, rows in ("random t", 1), ("shared t", T):              # ranked in every row
-            a, b = L.unflatten(1, (rows, -1)), F.unflatten(1, (rows, -1))
+            a, b = (one.unflatten(1, (rows, -1)) for one in (L, F))
             shares = [overlap(a, b, q).mean(1) for q in FRACTIONS]
             results[name][way] = torch.stack(shares, 1)
         print_means(f"{name}: overlap of the top losses and the top traces", FRACTIONS, results[name])
@@ -415,11 +420,12 @@ def variance_figure(curves):
     right.set(xlabel="t", ylabel="high dimension: density of t (dashed: Gaussian)", ylim=(0, 10))
     left.legend()
     right.legend()
-    late = {label: curve[GRID > 0.9].sum() / curve.sum() for label, curve in curves.items()}
+    late = GRID > 0.9
+    share = {label: curve[late].sum() / curve.sum() for label, curve in curves.items()}
     return fig, (
         "How much of the density of t lies above 0.9, for 200 points of white noise in d = 4096?\n"
-        f"By Monte Carlo {late['|f|^-0, d = 4096, Monte Carlo']:.0%}, by the closed form, which is exact, "
-        f"{late['|f|^-0, d = 4096, Gaussian']:.0%}")
+        f"By Monte Carlo {share['|f|^-0, d = 4096, Monte Carlo']:.0%}, by the closed form, which is exact, "
+        f"{share['|f|^-0, d = 4096, Gaussian']:.0%}")
 
 
 # ---- 3. race ---------------------------------------------------------------------------------------------
@@ -522,10 +528,11 @@ def bias(seeds, steps):
 def race_figure(steps, results, shares):
     fig = Figure((9, 4))
     *panels, right = fig.subplots(1, 3)
+    ticks = [1, 2, 5, 10]
     for ax, (name, ratios) in zip(panels, results.items()):
         distances = {method: ratio[:, 0] for method, ratio in ratios.items()}
         dots(ax, distances, 1, f"{name}: distance, ratio to uniform")
-        ax.set(xscale="log", xticks=[1, 2, 5, 10], xticklabels=[1, 2, 5, 10])
+        ax.set(xscale="log", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
     intervals = {method: interval(share[:, 0]) for method, share in shares.items()}
     dots(right, intervals, 0.2, "share of the 20 %")
@@ -560,7 +567,9 @@ def samplers(args):
         "Euler-Maruyama, w = 2, equal steps": [sde(k, last=0.0) for k in NFES],
         "exact flow": [flow] * len(NFES),
         "independent exact samples": [data.sample(len(z), g).double()] * len(NFES)}
-    table = {label: torch.stack([distance(x) for x in xs], 1) for label, xs in ends.items()}
+    table = {}
+    for label, xs in ends.items():
+        table[label] = torch.stack([distance(x) for x in xs], 1)
     print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table, digits=4)
     adaptive = {}                                                       # NFE -> distances (S,)
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
@@ -625,7 +634,8 @@ def at(lam, u, z, r, t, v, mean):
 
 def own(u, z, r, t, v, mean):
     """lam = 0, with the network's own velocity for the exact one, as improved MeanFlow has it."""
-    return at(0, u, z, r, t, v, u(z, t, t).detach())
+    velocity = u(z, t, t).detach()
+    return at(0, u, z, r, t, v, velocity)
 
 
 def oracle(u, z, r, t, v, mean):
@@ -666,9 +676,11 @@ def gradient_variance(params, stream):
             rows.append(torch.cat([p.flatten(1) for p in g], 1))
     g = torch.stack(rows, 1)[:len(L) // 3]                              # (S, 2 batches, P)
     zero, one = (part - part.mean(1, True) for part in g.chunk(2, 1))
-    best_lam = torch.vmap(fpo.control_coefficient)(zero, zero - one)
-    V = [(zero + lam * (one - zero)).square().sum((1, 2)) for lam in LAMBDAS]
-    return best_lam[:, None], torch.stack(V, 1) / V[0][:, None]
+    A_xi = zero - one
+    best_lam = torch.vmap(fpo.control_coefficient)(zero, A_xi)
+    V = [(zero - lam * A_xi).square().sum((1, 2)) for lam in LAMBDAS]
+    V = torch.stack(V, 1)
+    return best_lam[:, None], V / V[:, :1]
 
 
 def one_step(data, seeds, stops):
@@ -678,9 +690,11 @@ def one_step(data, seeds, stops):
     stream = list(pairs(data, seeds, steps + 64))
     z, other = noise(seeds)
     y = fpo.heun(data.velocity, other, 100)
-    methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP}
-    methods |= {"λ*": partial(best, running(1)), "λ* by cell": partial(best, running(5))}
-    methods |= {"own velocity": own, "oracle": oracle}
+    methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP} | {
+        "λ*": partial(best, running(1)),
+        "λ* by cell": partial(best, running(5)),
+        "own velocity": own,
+        "oracle": oracle}
     samples, curves = {}, {}
     for method, target in methods.items():
         loss = partial(mean_flow_loss, target, running(5))
@@ -692,11 +706,15 @@ def one_step(data, seeds, stops):
                 distances.append(sliced_wasserstein(x[:S], y))
         samples[method] = x
         curves[f"distance, {method}"] = torch.stack(distances, 1)
-        curves[f"loss, {method}"] = torch.stack(losses, 1).unflatten(1, (5, -1)).mean(2)
+        losses = torch.stack(losses, 1).unflatten(1, (len(stops), -1))
+        curves[f"loss, {method}"] = losses.mean(2)
         if method == "λ = 1":
             variance = gradient_variance(params, stream[steps:])
-    samples |= {f"Heun, {k} steps": fpo.heun(data.velocity, z, k) for k in (1, 2, 100)}
-    table = {label: sliced_wasserstein(x, y).unflatten(0, (3, S)).T for label, x in samples.items()}
+    for k in (1, 2, 100):
+        samples[f"Heun, {k} steps"] = fpo.heun(data.velocity, z, k)
+    table = {}
+    for label, x in samples.items():
+        table[label] = sliced_wasserstein(x, y).unflatten(0, (3, S)).T
     return samples, table, curves, variance
 
 
@@ -707,7 +725,8 @@ def meanflow(args):
     run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
     with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        results = dict(zip(args.sets, pool.map(run, args.sets.values())))
+        results = pool.map(run, args.sets.values())
+    results = dict(zip(args.sets, results))
     ratios = {}
     for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
@@ -724,8 +743,10 @@ def meanflow_figure(stops, results, ratios):
     samples, _, curves, _ = results["8 Gaussians"]
     for ax, label in zip(top, ("Heun, 100 steps", "λ = 1", "own velocity", "oracle")):
         ax.plot(*samples[label][0].T, ".", ms=2)
-        ax.set(title=label, aspect="equal", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
-    for k, (name, (_, _, _, (best_lam, V))) in enumerate(results.items()):
+        ax.set(title=label, aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(-2, 2), ylim=(-2, 2))
+    for k, (name, result) in enumerate(results.items()):
+        best_lam, V = result[-1]
         sweep = torch.stack([ratios[name][f"λ = {lam}"] for lam in SWEEP], 1)   # (3, 5, 3)
         for label, ratio in zip(WEIGHTINGS, sweep.unbind(2)):
             band(panels[k], SWEEP, ratio, label)
