@@ -9,8 +9,8 @@
     python toy2d.py                     # all five, figures in assets/
     python toy2d.py race                # one of them; study/race.py adds data sets and policies
 
-The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. Every training
-runs S seeds at once; all methods see the same initialisations, data, eps and u. Papers: see fpo.py.
+The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. All methods of an
+experiment see the same initialisations, data, eps and u. Papers: see fpo.py.
 Letters: S seeds, N batch, n samples, T timesteps, K mixture components."""
 import argparse
 import math
@@ -165,7 +165,8 @@ def batches(data, seeds, n=N, block=50):
 
 
 def fit(nets, stream, loss, steps, ema=EMA):
-    """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters."""
+    """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters.
+    The gradient of the sum is each network's own, and Adam works element by element: they do not mix."""
     params = [p.requires_grad_() for p in nets]
     average = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=RATE, fused=True)
@@ -181,9 +182,7 @@ def fit(nets, stream, loss, steps, ema=EMA):
 
 
 def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA):
-    """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters.
-    The seeds share no number: the gradient of the sum of their losses is each one's own, and Adam works
-    element by element."""
+    """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters."""
     def loss(params, x, eps, u):
         t = timesteps(u)                                                # (S, N)
         x_t, v = fpo.interpolate(x, eps, t, path)
@@ -302,8 +301,7 @@ def overlap(a, b, q):
 
 def fisher(args):
     """FPO's premise: high loss marks a high Fisher trace [FPO Prop. 3.1; Fig. 3: overlap above 70 %].
-    Chance: two random subsets of a fraction q overlap by q. Loss and trace both depend on t, which alone
-    would make them agree: hence the comparison at a shared t, too."""
+    Both depend on t, which alone would make them agree: hence the comparison at a shared t, too."""
     T, n = 16, 64
     t = (torch.arange(T) + 0.5) / T
     t = t.repeat_interleave(n).expand(len(args.seeds), -1)
@@ -353,10 +351,8 @@ def network_loss(data, path, seeds, steps, n=2048):
 
 def wide_data(g):
     """label -> points (M, d), M = 200 unless it says otherwise, and eigenvalues of the covariance (d,).
-
-    The digits are real. The rest stand in for VR's data: Gaussian fields with the power spectrum |f|^-2 of
-    natural images, or white noise, |f|^-0. A field's Fourier coefficients are independent, and the estimators
-    see distances only, so the coefficients will do. Real latents are neither Gaussian nor as steep."""
+    Beside the digits: Gaussian fields with the power spectrum |f|^-2 of natural images, or white noise, by
+    their Fourier coefficients, which are independent. Real latents are neither Gaussian nor as steep."""
     from data.font_digits import ensure                                 # makes them the first time
     x = torch.from_numpy(np.load(ensure() / "latents.npy")).double().flatten(1)
     x = x[torch.randperm(len(x), generator=g)]
@@ -378,8 +374,8 @@ def wide_data(g):
 
 def variance(args):
     """VR draws t from pi(t) ~ h^2 V(t), the irreducible loss [VR Lemma 3.1]: which estimator finds it?
-    Oracle in 2D: quadrature against the true density. In high dimension Monte Carlo on M points sees how far
-    apart the points are; the oracle is the closed form, exact because the synthetic data are Gaussian."""
+    In high dimension Monte Carlo on M points sees how far apart the points are; the oracle there is the
+    closed form, exact for Gaussian data."""
     data, g = data_sets()["8 Gaussians"], seeded(0)
     x = data.sample(2000, g)
     sets = wide_data(g)
@@ -495,8 +491,7 @@ def compete(data, seeds, steps, methods):
 
 
 def race(args, policies=policies):
-    """Does any policy beat uniform [FPO Table 5, 6; VR Table 2]? And what does FPO converge to?
-    Paired: all methods see the same initialisations, data, eps and u. Floor: the exact velocity."""
+    """Does any policy beat uniform [FPO Table 5, 6; VR Table 2]? Floor: the exact velocity."""
     results = {}
     for name, data in args.sets.items():
         scores, _ = compete(data, args.seeds, args.steps, policies(data))
@@ -508,8 +503,8 @@ def race(args, policies=policies):
 
 def bias(seeds, steps):
     """What FPO converges to: E[c (v_theta - v)] = 0, c growing with the loss: pulled to rare targets.
-    Data: two blobs of 80 % and 20 %. Between them v given x_t is skewed and cannot be known: the loss does
-    not go to 0, as [FPO Prop. 3.4] assumes. Oracle: the exact velocity; control: uniform."""
+    Between two blobs of 80 % and 20 % v given x_t is skewed and cannot be known: the loss does not go to 0,
+    as [FPO Prop. 3.4] assumes."""
     data = Mixture([[0.0, 0.0], [1.0, 0.0]], 0.15, [0.8, 0.2])
     methods = {
         "uniform": UNIFORM,
@@ -548,9 +543,8 @@ NFES = 4, 8, 16, 32, 64, 128
 
 
 def samplers(args):
-    """Samplers on the exact velocity, so that nothing but the sampler is judged: error against NFE.
-    Error: sliced Wasserstein distance to the exact flow of other noise. Floors: the exact flow itself, and,
-    for the random samplers, independent exact samples."""
+    """Samplers on the exact velocity: distance to the exact flow of other noise against NFE.
+    Floors: the exact flow itself and, for the random samplers, independent exact samples."""
     S, g = 8, seeded(0)
     data = data_sets()["8 Gaussians"]
     v = data.velocity
@@ -628,7 +622,7 @@ def running(side):
 
 
 def at(lam, u, z, r, t, v, mean):
-    """MeanFlow's target with the tangent mean + lam (v - mean), where mean = E[v | z] is exact."""
+    """MeanFlow's target with the tangent mean + lam (v - mean), mean = E[v | z] exact; v where r = t."""
     return fpo.mean_flow_target(u, z, r, t, v, mean + lam * (v - mean))
 
 
@@ -657,7 +651,7 @@ def mean_flow_loss(target, usual, params, *batch):
     with p = 1; by cell, with the mean of earlier losses at about that r and t instead."""
     z, r, t, _, _ = batch
     u = lambda z, r, t: forward(params, z, t, r)
-    T = target(u, *batch)                                               # v where r = t
+    T = target(u, *batch)
     L = (u(z, r, t) - T).square().sum(-1)                               # (3 S, N)
     own_loss, ones = L.detach(), torch.ones_like(L)
     scales = ones, own_loss, usual(own_loss, ones, r, t)                # in the order of WEIGHTINGS
@@ -720,7 +714,7 @@ def one_step(data, seeds, stops):
 
 def meanflow(args):
     """MeanFlow's target has v twice, to regress on and as tangent of du/dt [LV]: what does the second cost?
-    8 seeds, half of the steps, paired as in race. Floor: Heun on the exact velocity; with 100 steps exact."""
+    8 seeds, half of the steps. Floor: Heun on the exact velocity; with 100 steps exact."""
     stops = [max(1, args.steps // 10) * k for k in range(1, 6)]
     run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
