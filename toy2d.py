@@ -9,8 +9,8 @@
     python toy2d.py                     # all five, figures in assets/
     python toy2d.py race                # one of them; study/race.py adds data sets and policies
 
-The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. All methods of an
-experiment see the same initialisations, data, eps and u. Papers: see fpo.py.
+The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. All methods
+see the same initialisations, data, eps and u. Papers: see fpo.py.
 Letters: S seeds, N batch, n samples, T timesteps, K mixture components."""
 import argparse
 import math
@@ -237,7 +237,7 @@ def print_means(title, columns, table, digits=2):
 
 
 def print_ratios(base, columns, table):
-    """Each row of the table over its row base, paired by seed: label -> geometric mean, interval (3, columns)."""
+    """Rows over the row base, paired by seed: label -> geometric mean, low and high end (3, columns)."""
     ratios = {}
     rows = [[f"ratio to {base} [95 %]", *columns]]
     for label, a in table.items():
@@ -263,12 +263,12 @@ def band(ax, x, ends, label):
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
 
 
-def dots(ax, table, at, xlabel):
+def dots(ax, table, mark, xlabel):
     """A row for each label -> (mean, low, high), and a line at a value."""
     mean, low, high = zip(*table.values())
     ax.hlines(list(table), low, high)
     ax.plot(mean, list(table), "o")
-    ax.axvline(at, color="0.5", ls=":")
+    ax.axvline(mark, color="0.5", ls=":")
     ax.set(xlabel=xlabel)
 
 
@@ -313,7 +313,7 @@ def fisher(args):
         x_t, v = fpo.interpolate(x, eps, t)
         L, F = fisher_traces(params, x_t, v, t)
         results[name] = {}
-        for way, rows in ("random t", 1), ("shared t", T):              # ranked in every row
+        for way, rows in ("random t", 1), ("shared t", T):              # every row is ranked by itself
             a, b = (one.unflatten(1, (rows, -1)) for one in (L, F))
             shares = [overlap(a, b, q).mean(1) for q in FRACTIONS]
             results[name][way] = torch.stack(shares, 1)

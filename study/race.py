@@ -1,6 +1,6 @@
-"""race and fisher of toy2d.py with two more data sets and six more policies.
+"""race and fisher of toy2d.py with two more data sets and six more policies; figures in runs/race/.
 
-    python study/race.py race --seeds 20 --steps 2000           # 20 minutes of one core; figures in runs/race/
+    python study/race.py race --seeds 20 --steps 2000           # 20 minutes of one core
     python study/race.py fisher --seeds 20 --steps 4000"""
 import math
 import sys
