@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "study"))
 import ablation  # noqa: E402
 import measures  # noqa: E402
+import race  # noqa: E402
 import speed  # noqa: E402
 
 paths = pytest.mark.parametrize("path", fpo.PATHS.values(), ids=fpo.PATHS)
@@ -830,7 +831,8 @@ def test_the_losses_of_meanflow_are_those_of_their_weighting_and_where_r_is_t_th
     h = toy2d.N // 2
     assert (r[:, :h] == t[:, :h]).all() and (r[:, h:] < t[:, h:]).all() and torch.equal(z[:2], z[4:])
     u = lambda z, r, t: toy2d.forward(params, z, t, r)
-    T = fpo.mean_flow_target(u, z, r, t, v, (v + mean) / 2)             # of the whole batch: 0 times du/dt where r = t
+    late = fpo.mean_flow_target(u, z[:, h:], r[:, h:], t[:, h:], v[:, h:], (v + mean)[:, h:] / 2)
+    T = torch.cat([v[:, :h], late], 1)
     L = (u(z, r, t) - T).square().sum(-1).detach()
     usual, ours = toy2d.running(5), toy2d.running(5)
     for _ in range(2):                                                  # the second time the running mean is not 1 any more
@@ -909,7 +911,7 @@ def test_function_runs_from_its_own_source_torch_and_the_neighbours_its_docstrin
 # toy2d.py: the oracles and measures on which its figures rest
 
 
-DATA_2D = toy2d.data_sets()
+DATA_2D = race.data_sets()
 
 
 def test_the_fisher_trace_is_e_J_JT_e():
@@ -978,6 +980,17 @@ def test_weights_1_over_pi_undo_the_density_of_t():
     assert abs((weights(None, t) * torch.sin(3 * t)).mean() - (1 - math.cos(3)) / 3) < 2e-3    # integral of sin 3t
 
 
+def test_the_study_s_race_has_six_policies_more_and_every_policy_gives_a_time_and_a_weight_to_each_sample(monkeypatch):
+    monkeypatch.setattr(toy2d, "network_loss", lambda *_: 1 + 1 / toy2d.GRID)
+    table, g = race.policies(DATA_2D["two moons"]), seeded(0)
+    assert len(table) == len(toy2d.policies(DATA_2D["two moons"])) + 6
+    u, losses = torch.rand(2, 3, toy2d.N, generator=g)
+    for timesteps, weights in table.values():
+        t = timesteps(u)
+        c = weights(losses, t)
+        assert t.shape == c.shape == u.shape and (0 <= t).all() and (t <= 1).all() and c.isfinite().all()
+
+
 def test_distances_see_a_shift_as_large_as_it_is():
     g = seeded(0)
     y = torch.randn(2000, 2, generator=g)
@@ -989,9 +1002,8 @@ def test_distances_see_a_shift_as_large_as_it_is():
 @pytest.mark.parametrize("arguments, says", [("lottery", "'race'"), ("race --seeds 2", "4 or more"), ("race --steps many", "invalid int")])
 def test_a_bad_toy2d_argument_is_answered_before_any_work(arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy2d.py", *arguments.split()])
-    monkeypatch.setattr(toy2d, "EXPERIMENTS", dict.fromkeys(toy2d.EXPERIMENTS))
     with pytest.raises(SystemExit):
-        toy2d.main()
+        toy2d.main(dict.fromkeys(toy2d.EXPERIMENTS), {}, "unused")
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -7,10 +7,10 @@
     meanflow    What does the noise of MeanFlow's target cost, and which velocity takes it out?
 
     python toy2d.py                     # all five, figures in assets/
-    python toy2d.py race --full         # one of them, with all data sets and methods
+    python toy2d.py race                # one of them; study/race.py adds data sets and policies
 
-The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. Every training
-runs S seeds at once; all methods see the same initialisations, data, eps and u. Papers: see fpo.py.
+The data are Gaussian mixtures, so p(x_t), E[v | x_t] and the irreducible loss have formulas. All methods
+see the same initialisations, data, eps and u. Papers: see fpo.py.
 Letters: S seeds, N batch, n samples, T timesteps, K mixture components."""
 import argparse
 import math
@@ -58,13 +58,12 @@ class Mixture:
 
     def __init__(self, centres, s, w=None):
         c = torch.as_tensor(centres, dtype=torch.float64)
-        w = w or [1 / len(c)] * len(c)
-        self.w = torch.as_tensor(w, dtype=c.dtype)
+        even = [1 / len(c)] * len(c)
+        self.w = torch.tensor(w or even, dtype=c.dtype)
         c = c - self.w @ c
         mean_square = self.w @ c.square().sum(1) / 2 + s ** 2
         scale = mean_square.sqrt().item()
-        self.c = c / scale
-        self.s = s / scale
+        self.c, self.s = c / scale, s / scale
 
     def sample(self, n, generator):
         k = torch.multinomial(self.w, n, replacement=True, generator=generator)
@@ -76,14 +75,15 @@ class Mixture:
         Within component k, with q^2 = alpha^2 s^2 + sigma^2: x_t ~ N(alpha c_k, q^2), and x given x_t has
         mean (sigma^2 c_k + alpha s^2 x_t) / q^2 and variance s^2 sigma^2 / q^2."""
         c, s2 = self.c.to(x_t), self.s ** 2
+        c2 = c.square().sum(1)                                          # (K,)
         alpha, sigma, _, _ = path(t[..., None])
         q2 = alpha ** 2 * s2 + sigma ** 2
         cross = x_t @ c.T                                               # (..., K)
-        distance2 = x_t.square().sum(-1, True) - 2 * alpha * cross + alpha ** 2 * c.square().sum(1)
+        distance2 = x_t.square().sum(-1, True) - 2 * alpha * cross + alpha ** 2 * c2
         logits = self.w.to(x_t).log() - distance2 / (2 * q2)
         r = torch.softmax(logits, -1)                                   # which component: (..., K)
         mean_c = r @ c
-        spread = r @ c.square().sum(1) - mean_c.square().sum(-1)        # tr Cov[c_k | x_t]
+        spread = r @ c2 - mean_c.square().sum(-1)                       # tr Cov[c_k | x_t]
         gain = sigma ** 2 / q2
         variance = s2 * gain + gain ** 2 * spread.clamp_min(0)[..., None] / 2
         x = gain * mean_c + alpha * s2 / q2 * x_t
@@ -116,19 +116,12 @@ def circle(angle):
 
 
 def data_sets():
-    """name -> Mixture. Curves and squares are rows of Gaussians, closer than they are wide."""
+    """name -> Mixture. A square is rows of Gaussians, closer than they are wide."""
     ring = circle(torch.arange(8) * math.pi / 4)
     side = (torch.arange(6) + 0.5) / 6
     dark = [(i, j) for i in range(4) for j in range(i % 2, 4, 2)]
     squares = [torch.cartesian_prod(side + i, side + j) for i, j in dark]
-    arc = circle(torch.linspace(0, math.pi, 60))
-    moons = torch.cat([arc, torch.tensor([1, 0.5]) - arc])
-    a = 3 * math.pi * torch.linspace(1 / 6, 1, 150).sqrt()              # nearly even along the curve
-    return {
-        "8 Gaussians": Mixture(ring, 0.1),
-        "checkerboard": Mixture(torch.cat(squares), 0.1),
-        "two moons": Mixture(moons, 0.08),
-        "spiral": Mixture(a[:, None] * circle(a), 0.25)}
+    return {"8 Gaussians": Mixture(ring, 0.1), "checkerboard": Mixture(torch.cat(squares), 0.1)}
 
 
 # ---- S networks at once, and their training --------------------------------------------------------------
@@ -168,15 +161,16 @@ def batches(data, seeds, n=N, block=50):
         x = torch.stack([data.sample(m, g) for g in generators])
         eps = torch.stack([torch.randn(m, 2, generator=g) for g in generators])
         u = torch.stack([torch.rand(m, generator=g) for g in generators])
-        yield from zip(x.split(n, 1), eps.split(n, 1), u.split(n, 1))
+        yield from zip(*(a.split(n, 1) for a in (x, eps, u)))
 
 
-def fit(nets, stream, loss, steps, ema=EMA, name=""):
-    """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters."""
+def fit(nets, stream, loss, steps, ema=EMA):
+    """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters.
+    The gradient of the sum is each network's own, and Adam works element by element: they do not mix."""
     params = [p.requires_grad_() for p in nets]
     average = [p.detach().clone() for p in params]
     adam = torch.optim.Adam(params, lr=RATE, fused=True)
-    bar = trange(1, steps + 1, desc=name, leave=False)
+    bar = trange(1, steps + 1, leave=False)
     for step, batch in zip(bar, stream):
         L = loss(params, *batch)
         adam.zero_grad()
@@ -187,10 +181,8 @@ def fit(nets, stream, loss, steps, ema=EMA, name=""):
         yield L.detach(), average
 
 
-def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA, name=""):
-    """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters.
-    The seeds share no number: the gradient of the sum of their losses is each one's own, and Adam works
-    element by element."""
+def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema=EMA):
+    """Adam on (1/N) sum c_i L_i for every seed -> the averaged parameters."""
     def loss(params, x, eps, u):
         t = timesteps(u)                                                # (S, N)
         x_t, v = fpo.interpolate(x, eps, t, path)
@@ -198,8 +190,7 @@ def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema
         c = weights(L.detach(), t)
         return (c * L).mean(1)
 
-    for _, average in fit(new_nets(seeds), batches(data, seeds), loss, steps, ema, name):
-        pass
+    *_, (_, average) = fit(new_nets(seeds), batches(data, seeds), loss, steps, ema)
     return average
 
 
@@ -217,46 +208,22 @@ def sliced_wasserstein(x, y, directions=32):
     return (x - y).abs().mean((1, 2))
 
 
-def noise(n, seeds):
-    """Normal points (S, n, 2), evenly spread (scrambled Sobol): that makes distances sharp."""
-    engines = [torch.quasirandom.SobolEngine(2, True, seed) for seed in seeds]
-    u = torch.stack([engine.draw(n) for engine in engines])
-    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-
-
-def judge(data, seeds, n=1024):
-    """A function that maps a velocity v(x, t), x (S, n, 2), to its samples by Heun and to MEASURES (S, 2).
-    The distance is to the exact flow of other noise. The squared velocity error is E |v - E[v | x_t]|^2 / 2
-    over uniform t: the loss minus the irreducible loss."""
-    S, g = len(seeds), seeded(1)
-    z = noise(n, [1 + seed for seed in seeds])
-    y = fpo.heun(data.velocity, noise(4 * n, [0])[0], 100)
-    t = torch.rand(4 * n, generator=g)
-    x, eps = data.sample(4 * n, g), torch.randn(4 * n, 2, generator=g)
-    x_t, _ = fpo.interpolate(x, eps, t)
-    exact = data.velocity(x_t, t)
-    x_t, t = x_t.expand(S, -1, 2), t.expand(S, -1)
-
-    def measure(v):
-        x = fpo.heun(v, z, 16)
-        error = (v(x_t, t) - exact).square().mean((1, 2))
-        return x, torch.stack([sliced_wasserstein(x, y), error], 1)
-
-    return measure
+def noise(seeds, n=1024):
+    """Normal points (S, n, 2) and (4 n, 2), evenly spread (scrambled Sobol): that makes distances sharp."""
+    scrambles = [0] + [1 + seed for seed in seeds]
+    engines = [torch.quasirandom.SobolEngine(2, True, k) for k in scrambles]
+    u = torch.stack([engine.draw(4 * n) for engine in engines])
+    z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+    return z[1:, :n], z[0]
 
 
 def interval(a):
-    """Mean over seeds, low and high end of its 95 % interval: (S, ...) -> three (...)."""
+    """Mean over seeds, low and high end of its 95 % interval: (S, ...) -> (3, ...)."""
     nu = len(a) - 1
     quantile = 1.96 + 2.372384 / nu + 2.822707 / nu ** 2                # Student's t, expanded in 1 / nu
     half = quantile * a.std(0) / len(a) ** 0.5
     mean = a.mean(0)
-    return mean, mean - half, mean + half
-
-
-def paired_ratio(a, b):
-    """Geometric mean over seeds of a / b and its 95 % interval, as above: a, b (S, ...) -> three (...)."""
-    return [z.exp() for z in interval((a / b).log())]
+    return torch.stack([mean, mean - half, mean + half])
 
 
 def print_means(title, columns, table, digits=2):
@@ -269,13 +236,16 @@ def print_means(title, columns, table, digits=2):
     print_table(rows)
 
 
-def print_ratios(title, columns, table):
-    """A row for each label -> what paired_ratio gives."""
-    rows = [[title, *columns]]
-    for label, ratio in table.items():
-        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in zip(*ratio)]
+def print_ratios(base, columns, table):
+    """Rows over the row base, paired by seed: label -> geometric mean, low and high end (3, columns)."""
+    ratios = {}
+    rows = [[f"ratio to {base} [95 %]", *columns]]
+    for label, a in table.items():
+        ratio = ratios[label] = interval((a / table[base]).log()).exp()
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ratio.T]
         rows.append([label, *cells])
     print_table(rows)
+    return ratios
 
 
 def print_table(rows):
@@ -286,18 +256,19 @@ def print_table(rows):
         print(label.ljust(widths[0]), *cells, sep="  ")
 
 
-def band(ax, x, a, label, of=interval):
-    """A line with its 95 % interval: x (k,), a (S, k)."""
-    mean, low, high = of(a)
+def band(ax, x, ends, label):
+    """A line with its 95 % interval (3, k): x (k,)."""
+    mean, low, high = ends
     line, = ax.plot(x, mean, label=label)
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
 
 
-def dots(ax, table, xlabel):
-    """A row for each label -> (mean, low, high)."""
+def dots(ax, table, mark, xlabel):
+    """A row for each label -> (mean, low, high), and a line at a value."""
     mean, low, high = zip(*table.values())
     ax.hlines(list(table), low, high)
     ax.plot(mean, list(table), "o")
+    ax.axvline(mark, color="0.5", ls=":")
     ax.set(xlabel=xlabel)
 
 
@@ -330,24 +301,22 @@ def overlap(a, b, q):
 
 def fisher(args):
     """FPO's premise: high loss marks a high Fisher trace [FPO Prop. 3.1; Fig. 3: overlap above 70 %].
-    Chance: two random subsets of a fraction q overlap by q. Loss and trace both depend on t, which alone
-    would make them agree: hence the comparison at a shared t, too."""
+    Both depend on t, which alone would make them agree: hence the comparison at a shared t, too."""
     T, n = 16, 64
     t = (torch.arange(T) + 0.5) / T
     t = t.repeat_interleave(n).expand(len(args.seeds), -1)
     results = {}
-    for name, data in args.sets:
-        params = train(data, args.seeds, args.steps, ema=0, name=name)
+    for name, data in args.sets.items():
+        params = train(data, args.seeds, args.steps, ema=0)
         fresh_seeds = [7000 + seed for seed in args.seeds]
         x, eps, _ = next(batches(data, fresh_seeds, T * n, block=1))
         x_t, v = fpo.interpolate(x, eps, t)
         L, F = fisher_traces(params, x_t, v, t)
-        at_random = [overlap(L, F, q) for q in FRACTIONS]
-        L, F = L.unflatten(1, (T, n)), F.unflatten(1, (T, n))           # a row for every t
-        shared = [overlap(L, F, q).mean(1) for q in FRACTIONS]
-        results[name] = {
-            "random t": torch.stack(at_random, 1),
-            "shared t": torch.stack(shared, 1)}
+        results[name] = {}
+        for way, rows in ("random t", 1), ("shared t", T):              # every row is ranked by itself
+            a, b = (one.unflatten(1, (rows, -1)) for one in (L, F))
+            shares = [overlap(a, b, q).mean(1) for q in FRACTIONS]
+            results[name][way] = torch.stack(shares, 1)
         print_means(f"{name}: overlap of the top losses and the top traces", FRACTIONS, results[name])
     return fisher_figure(results)
 
@@ -356,7 +325,7 @@ def fisher_figure(results):
     fig = Figure((9, 4))
     for (name, shares), ax in zip(results.items(), fig.subplots(1, 2)):
         for way, share in shares.items():
-            band(ax, FRACTIONS, share, way)
+            band(ax, FRACTIONS, interval(share), way)
         ax.plot(FRACTIONS, FRACTIONS, "k:", label="chance")
         ax.set(title=name, xlabel="q", ylabel="overlap of the top fractions q")
         ax.legend()
@@ -371,7 +340,7 @@ def network_loss(data, path, seeds, steps, n=2048):
     """Mean loss of trained networks at every t of GRID -> (T,): an upper bound of the irreducible loss."""
     low, g, curve = GRID[0].item(), seeded(2), []
     timesteps = lambda u: low + (1 - low) * u
-    params = train(data, seeds, steps, timesteps, path=path, name="loss at each t")
+    params = train(data, seeds, steps, timesteps, path=path)
     for t in GRID.float():
         x, eps = data.sample(n, g), torch.randn(n, 2, generator=g)
         x_t, v = fpo.interpolate(x, eps, t.expand(n), path)
@@ -382,10 +351,8 @@ def network_loss(data, path, seeds, steps, n=2048):
 
 def wide_data(g):
     """label -> points (M, d), M = 200 unless it says otherwise, and eigenvalues of the covariance (d,).
-
-    The digits are real. The rest stand in for VR's data: Gaussian fields with the power spectrum |f|^-2 of
-    natural images, or white noise, |f|^-0. A field's Fourier coefficients are independent, and the estimators
-    see distances only, so the coefficients will do. Real latents are neither Gaussian nor as steep."""
+    Beside the digits: Gaussian fields with the power spectrum |f|^-2 of natural images, or white noise, by
+    their Fourier coefficients, which are independent. Real latents are neither Gaussian nor as steep."""
     from data.font_digits import ensure                                 # makes them the first time
     x = torch.from_numpy(np.load(ensure() / "latents.npy")).double().flatten(1)
     x = x[torch.randperm(len(x), generator=g)]
@@ -407,9 +374,9 @@ def wide_data(g):
 
 def variance(args):
     """VR draws t from pi(t) ~ h^2 V(t), the irreducible loss [VR Lemma 3.1]: which estimator finds it?
-    Oracle in 2D: quadrature against the true density. In high dimension Monte Carlo on M points sees how far
-    apart the points are; the oracle is the closed form, exact because the synthetic data are Gaussian."""
-    data, g = data_sets()["8 Gaussians"], seeded(args.seed)
+    In high dimension Monte Carlo on M points sees how far apart the points are; the oracle there is the
+    closed form, exact for Gaussian data."""
+    data, g = data_sets()["8 Gaussians"], seeded(0)
     x = data.sample(2000, g)
     sets = wide_data(g)
     curves = {}                                                         # path -> label -> h^2 V (T,)
@@ -449,11 +416,12 @@ def variance_figure(curves):
     right.set(xlabel="t", ylabel="high dimension: density of t (dashed: Gaussian)", ylim=(0, 10))
     left.legend()
     right.legend()
-    late = {label: curve[GRID > 0.9].sum() / curve.sum() for label, curve in curves.items()}
+    late = GRID > 0.9
+    share = {label: curve[late].sum() / curve.sum() for label, curve in curves.items()}
     return fig, (
         "How much of the density of t lies above 0.9, for 200 points of white noise in d = 4096?\n"
-        f"By Monte Carlo {late['|f|^-0, d = 4096, Monte Carlo']:.0%}, by the closed form, which is exact, "
-        f"{late['|f|^-0, d = 4096, Gaussian']:.0%}")
+        f"By Monte Carlo {share['|f|^-0, d = 4096, Monte Carlo']:.0%}, by the closed form, which is exact, "
+        f"{share['|f|^-0, d = 4096, Gaussian']:.0%}")
 
 
 # ---- 3. race ---------------------------------------------------------------------------------------------
@@ -479,12 +447,12 @@ def vr(V, reweight=False):
     return lambda u: fpo.sample_timesteps(u, GRID, pdf), inverse if reweight else ONES
 
 
-def policies(data, full):
+def policies(data):
     """name -> policy. The paper's beta is 2; N / 2 is a third of all weight."""
     coarse = GRID[::3]
     V = np.interp(GRID, coarse, data.variance(coarse, points=81))
     V = torch.from_numpy(V)
-    table = {
+    return {
         "uniform": UNIFORM,
         "FPO, β = 2": fpo_of(2),
         "FPO, β = N/2": fpo_of(N / 2),
@@ -495,49 +463,48 @@ def policies(data, full):
         "logit-normal t, m = 0": (fpo.logit_normal_timesteps, ONES),
         "VR": vr(V),
         "VR, weights 1/π": vr(V, reweight=True)}
-    if full:
-        alpha, sigma, _, _ = fpo.linear(GRID)
-        snr, x = alpha / sigma, data.sample(2000, seeded(0))
-        loss = network_loss(data, fpo.linear, range(4), 500)
-        table |= {
-            "VR, Monte Carlo, M = 200": vr(fpo.posterior_variance(x[:200], snr, 200, seeded(0))),
-            "VR, Gaussian": vr(fpo.gaussian_posterior_variance(x, snr)),
-            "VR, network": vr(loss * GRID ** 2),                        # h = 1 / t on this path
-            "FPO, β = N/8": fpo_of(N / 8),
-            "FPO, β = N/2, w detached": fpo_of(N / 2, weigh=fpo.fpo_weights),
-            "P2": (SAME, lambda losses, t: torch.vmap(fpo.p2_weights)(t))}
-    return table
 
 
 def compete(data, seeds, steps, methods):
-    """Trains by every method: name -> MEASURES (S, 2), name -> samples (S, n, 2)."""
-    measure = judge(data, seeds)
-    x, score = measure(data.velocity)
-    scores, samples = {"exact velocity": score}, {"exact velocity": x}
+    """Trains by every method: name -> MEASURES (S, 2), name -> samples (S, n, 2), by Heun.
+    The distance is to the exact flow of other noise. The squared velocity error is E |v - E[v | x_t]|^2 / 2
+    over uniform t: the loss minus the irreducible loss."""
+    fields = {"exact velocity": data.velocity}
     for method, policy in methods.items():
-        params = train(data, seeds, steps, *policy, name=method)
-        samples[method], scores[method] = measure(partial(forward, params))
+        fields[method] = partial(forward, train(data, seeds, steps, *policy))
+    S, g = len(seeds), seeded(1)
+    z, other = noise(seeds)
+    n = len(other)
+    y = fpo.heun(data.velocity, other, 100)
+    t = torch.rand(n, generator=g)
+    x, eps = data.sample(n, g), torch.randn(n, 2, generator=g)
+    x_t, _ = fpo.interpolate(x, eps, t)
+    exact = data.velocity(x_t, t)
+    x_t, t = x_t.expand(S, -1, 2), t.expand(S, -1)
+    samples = {method: fpo.heun(v, z, 16) for method, v in fields.items()}
+    scores = {}
+    for method, v in fields.items():
+        error = (v(x_t, t) - exact).square().mean((1, 2))
+        distance = sliced_wasserstein(samples[method], y)
+        scores[method] = torch.stack([distance, error], 1)
     return scores, samples
 
 
-def race(args):
-    """Does any policy beat uniform [FPO Table 5, 6; VR Table 2]? And what does FPO converge to?
-    Paired: all methods see the same initialisations, data, eps and u. Floor: the exact velocity."""
+def race(args, policies=policies):
+    """Does any policy beat uniform [FPO Table 5, 6; VR Table 2]? Floor: the exact velocity."""
     results = {}
-    for name, data in args.sets:
-        scores, _ = compete(data, args.seeds, args.steps, policies(data, args.full))
+    for name, data in args.sets.items():
+        scores, _ = compete(data, args.seeds, args.steps, policies(data))
         print_means(name, MEASURES, scores, digits=4)
         del scores["exact velocity"]
-        uniform = scores["uniform"]
-        results[name] = {method: paired_ratio(score, uniform) for method, score in scores.items()}
-        print_ratios("ratio to uniform [95 %]", MEASURES, results[name])
+        results[name] = print_ratios("uniform", MEASURES, scores)
     return race_figure(args.steps, results, bias(args.seeds, args.steps * 3 // 2))
 
 
 def bias(seeds, steps):
     """What FPO converges to: E[c (v_theta - v)] = 0, c growing with the loss: pulled to rare targets.
-    Data: two blobs of 80 % and 20 %. Between them v given x_t is skewed and cannot be known: the loss does
-    not go to 0, as [FPO Prop. 3.4] assumes. Oracle: the exact velocity; control: uniform."""
+    Between two blobs of 80 % and 20 % v given x_t is skewed and cannot be known: the loss does not go to 0,
+    as [FPO Prop. 3.4] assumes."""
     data = Mixture([[0.0, 0.0], [1.0, 0.0]], 0.15, [0.8, 0.2])
     methods = {
         "uniform": UNIFORM,
@@ -556,15 +523,14 @@ def bias(seeds, steps):
 def race_figure(steps, results, shares):
     fig = Figure((9, 4))
     *panels, right = fig.subplots(1, 3)
+    ticks = [1, 2, 5, 10]
     for ax, (name, ratios) in zip(panels, results.items()):
-        distances = {method: [z[0] for z in ratio] for method, ratio in ratios.items()}
-        dots(ax, distances, f"{name}: distance, ratio to uniform")
-        ax.axvline(1, color="0.5", ls=":")
-        ax.set(xscale="log", xticks=[1, 2, 5, 10], xticklabels=[1, 2, 5, 10])
+        distances = {method: ratio[:, 0] for method, ratio in ratios.items()}
+        dots(ax, distances, 1, f"{name}: distance, ratio to uniform")
+        ax.set(xscale="log", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
     intervals = {method: interval(share[:, 0]) for method, share in shares.items()}
-    dots(right, intervals, "share of the 20 %")
-    right.axvline(0.2, color="0.5", ls=":")
+    dots(right, intervals, 0.2, "share of the 20 %")
     at_2, of_vr = distances["FPO, β = 2"][0], distances["VR"][0]
     rare = shares["FPO, β = N/2"].mean()
     return fig, (
@@ -577,16 +543,15 @@ NFES = 4, 8, 16, 32, 64, 128
 
 
 def samplers(args):
-    """Samplers on the exact velocity, so that nothing but the sampler is judged: error against NFE.
-    Error: sliced Wasserstein distance to the exact flow of other noise. Floors: the exact flow itself, and,
-    for the random samplers, independent exact samples."""
-    S, n = 8, 1024
+    """Samplers on the exact velocity: distance to the exact flow of other noise against NFE.
+    Floors: the exact flow itself and, for the random samplers, independent exact samples."""
+    S, g = 8, seeded(0)
     data = data_sets()["8 Gaussians"]
-    v, g = data.velocity, seeded(args.seed)
-    z = noise(n, range(1, 1 + S)).flatten(0, 1).double()
-    flow = fpo.dopri5(v, z, 1e-9, 1e-9)
-    other = noise(4 * n, [0])[0].double()
-    y = fpo.dopri5(v, other, 1e-9, 1e-9)
+    v = data.velocity
+    z, other = noise(range(S))
+    z, other = z.flatten(0, 1).double(), other.double()
+    flow, y = (fpo.dopri5(v, start, 1e-9, 1e-9) for start in (z, other))
+    distance = lambda x: sliced_wasserstein(x.unflatten(0, (S, -1)), y)
     sde = partial(fpo.euler_maruyama, v, z, generator=g)
     ends = {
         "Euler": [fpo.euler(v, z, k) for k in NFES],
@@ -595,17 +560,16 @@ def samplers(args):
         "Euler-Maruyama, w = 2": [sde(k) for k in NFES],
         "Euler-Maruyama, w = 2, equal steps": [sde(k, last=0.0) for k in NFES],
         "exact flow": [flow] * len(NFES),
-        "independent exact samples": [data.sample(S * n, g).double()] * len(NFES)}
+        "independent exact samples": [data.sample(len(z), g).double()] * len(NFES)}
     table = {}
-    for label, x in ends.items():
-        sets = torch.stack(x).unflatten(1, (S, n))                          # (NFES, S, n, 2)
-        table[label] = torch.stack([sliced_wasserstein(x, y) for x in sets], 1)
+    for label, xs in ends.items():
+        table[label] = torch.stack([distance(x) for x in xs], 1)
     print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table, digits=4)
     adaptive = {}                                                       # NFE -> distances (S,)
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
         counted = fpo.counted(v)
-        x = fpo.dopri5(counted, z, tolerance, tolerance).unflatten(0, (S, n))
-        adaptive[counted.nfe] = sliced_wasserstein(x, y)
+        x = fpo.dopri5(counted, z, tolerance, tolerance)
+        adaptive[counted.nfe] = distance(x)
     distances = torch.stack([*adaptive.values()], 1)
     print_means("the same", adaptive, {"Dormand-Prince": distances}, digits=4)
     return sampler_figure(table, adaptive, distances)
@@ -615,8 +579,8 @@ def sampler_figure(table, adaptive, adaptive_distances):
     fig = Figure((9, 4))
     ax = fig.subplots()
     for label, distances in table.items():
-        band(ax, NFES, distances, label)
-    band(ax, list(adaptive), adaptive_distances, "Dormand-Prince")
+        band(ax, NFES, interval(distances), label)
+    band(ax, list(adaptive), interval(adaptive_distances), "Dormand-Prince")
     ax.set(xlabel="evaluations of v", xscale="log")
     ax.set(ylabel="sliced Wasserstein distance to the data", yscale="log")
     fig.legend(loc="outside center right")
@@ -657,22 +621,27 @@ def running(side):
     return ratio
 
 
-def at(lam, u, points, v, mean):
-    """MeanFlow's target at points z, r, t with the tangent mean + lam (v - mean), mean = E[v | z] exact."""
-    return fpo.mean_flow_target(u, *points, v, mean + lam * (v - mean))
+def at(lam, u, z, r, t, v, mean):
+    """MeanFlow's target with the tangent mean + lam (v - mean), mean = E[v | z] exact; v where r = t."""
+    return fpo.mean_flow_target(u, z, r, t, v, mean + lam * (v - mean))
 
 
-def own(u, points, v, mean):
+def own(u, z, r, t, v, mean):
     """lam = 0, with the network's own velocity for the exact one, as improved MeanFlow has it."""
-    z, _, t = points
-    return at(0, u, points, v, u(z, t, t).detach())
+    velocity = u(z, t, t).detach()
+    return at(0, u, z, r, t, v, velocity)
 
 
-def best(earlier, u, points, v, mean):
+def oracle(u, z, r, t, v, mean):
+    """Without noise: E[v | z] in both places."""
+    return at(0, u, z, r, t, mean, mean)
+
+
+def best(earlier, u, *batch):
     """The target with the least noise, by the coefficient lam* of earlier batches."""
-    _, r, t = points
-    T = at(0, u, points, v, mean)
-    xi, A_xi = v - mean, T - at(1, u, points, v, mean)
+    _, r, t, v, mean = batch
+    T = at(0, u, *batch)
+    xi, A_xi = v - mean, T - at(1, u, *batch)
     lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
     return T - lam[..., None] * A_xi
 
@@ -680,11 +649,9 @@ def best(earlier, u, points, v, mean):
 def mean_flow_loss(target, usual, params, *batch):
     """Mean of w |u - T|^2 -> (3 S,): S networks for each of WEIGHTINGS. MeanFlow's w is 1 / (|u - T|^2 + c)^p
     with p = 1; by cell, with the mean of earlier losses at about that r and t instead."""
+    z, r, t, _, _ = batch
     u = lambda z, r, t: forward(params, z, t, r)
-    *points, v, mean = (a[:, N // 2:] for a in batch)
-    late = target(u, points, v, mean)
-    z, r, t, v, _ = batch
-    T = torch.cat([v[:, :N // 2], late], 1)                             # T = v where r = t
+    T = target(u, *batch)
     L = (u(z, r, t) - T).square().sum(-1)                               # (3 S, N)
     own_loss, ones = L.detach(), torch.ones_like(L)
     scales = ones, own_loss, usual(own_loss, ones, r, t)                # in the order of WEIGHTINGS
@@ -703,83 +670,92 @@ def gradient_variance(params, stream):
             rows.append(torch.cat([p.flatten(1) for p in g], 1))
     g = torch.stack(rows, 1)[:len(L) // 3]                              # (S, 2 batches, P)
     zero, one = (part - part.mean(1, True) for part in g.chunk(2, 1))
-    best_lam = [fpo.control_coefficient(*pair) for pair in zip(zero, zero - one)]
-    V = [(zero + lam * (one - zero)).square().sum((1, 2)) for lam in LAMBDAS]
-    return torch.stack(best_lam)[:, None], torch.stack(V, 1) / V[0][:, None]
+    A_xi = zero - one
+    best_lam = torch.vmap(fpo.control_coefficient)(zero, A_xi)
+    V = [(zero - lam * A_xi).square().sum((1, 2)) for lam in LAMBDAS]
+    V = torch.stack(V, 1)
+    return best_lam[:, None], V / V[:, :1]
 
 
-def one_step(name, data, seeds, stops):
+def one_step(data, seeds, stops):
     """Trains by every method, each seed with three weightings -> samples (3 S, n, 2), distances (S, 3) and,
     without weights, loss and distance at stops (S, 5) and the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
-    exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # v without its noise
-    z = noise(1024, [1 + seed for seed in seeds])
-    y = fpo.heun(data.velocity, noise(4096, [0])[0], 100)
-    methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP}
-    methods |= {"λ*": partial(best, running(1)), "λ* by cell": partial(best, running(5))}
-    methods |= {"own velocity": own, "oracle": partial(at, 0)}
+    z, other = noise(seeds)
+    y = fpo.heun(data.velocity, other, 100)
+    methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP} | {
+        "λ*": partial(best, running(1)),
+        "λ* by cell": partial(best, running(5)),
+        "own velocity": own,
+        "oracle": oracle}
     samples, curves = {}, {}
     for method, target in methods.items():
         loss = partial(mean_flow_loss, target, running(5))
-        source = exact if method == "oracle" else stream
         losses, distances = [], []
-        for L, params in fit(new_nets(seeds), source, loss, steps, name=f"{name}, {method}"):
+        for L, params in fit(new_nets(seeds), stream, loss, steps):
             losses.append(L[:S])
             if len(losses) in stops:
                 x = fpo.mean_flow(lambda x, r, t: forward(params, x, t, r), z)
                 distances.append(sliced_wasserstein(x[:S], y))
         samples[method] = x
         curves[f"distance, {method}"] = torch.stack(distances, 1)
-        curves[f"loss, {method}"] = torch.stack(losses, 1).unflatten(1, (5, -1)).mean(2)
+        losses = torch.stack(losses, 1).unflatten(1, (len(stops), -1))
+        curves[f"loss, {method}"] = losses.mean(2)
         if method == "λ = 1":
             variance = gradient_variance(params, stream[steps:])
-    samples |= {f"Heun, {k} steps": fpo.heun(data.velocity, z, k) for k in (1, 2, 100)}
-    table = {label: sliced_wasserstein(x, y).unflatten(0, (3, S)).T for label, x in samples.items()}
+    for k in (1, 2, 100):
+        samples[f"Heun, {k} steps"] = fpo.heun(data.velocity, z, k)
+    table = {}
+    for label, x in samples.items():
+        table[label] = sliced_wasserstein(x, y).unflatten(0, (3, S)).T
     return samples, table, curves, variance
 
 
 def meanflow(args):
     """MeanFlow's target has v twice, to regress on and as tangent of du/dt [LV]: what does the second cost?
-    8 seeds, half of the steps, paired as in race. Floor: Heun on the exact velocity; with 100 steps exact."""
+    8 seeds, half of the steps. Floor: Heun on the exact velocity; with 100 steps exact."""
     stops = [max(1, args.steps // 10) * k for k in range(1, 6)]
-    names, sets = zip(*args.sets[:2])
-    seeds = [*args.seeds[:8]] * 3
+    run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
     with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        results = dict(zip(names, pool.map(one_step, names, sets, [seeds] * 2, [stops] * 2)))
+        results = pool.map(run, args.sets.values())
+    results = dict(zip(args.sets, results))
+    ratios = {}
     for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
-        ratios = {label: paired_ratio(d, table["λ = 1"]) for label, d in table.items()}
-        print_ratios("ratio to λ = 1 [95 %]", WEIGHTINGS, ratios)
+        ratios[name] = print_ratios("λ = 1", WEIGHTINGS, table)
         print_means(f"{name}, no weights: after steps", stops, curves, digits=3)
         print_means(f"{name}: variance of the gradient over that at λ = 1", ["λ*", *LAMBDAS],
                     {"networks of λ = 1": torch.cat([lam, V], 1)})
-    return meanflow_figure(stops, results)
+    return meanflow_figure(stops, results, ratios)
 
 
-def meanflow_figure(stops, results):
+def meanflow_figure(stops, results, ratios):
     fig = Figure((10, 5.8))
     top, (*panels, middle, right) = fig.subplots(2, 4)
-    samples, table, curves, _ = results["8 Gaussians"]
+    samples, _, curves, _ = results["8 Gaussians"]
     for ax, label in zip(top, ("Heun, 100 steps", "λ = 1", "own velocity", "oracle")):
         ax.plot(*samples[label][0].T, ".", ms=2)
-        ax.set(title=label, aspect="equal", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
-    for k, (name, (_, distances, _, (best_lam, V))) in enumerate(results.items()):
-        d = torch.stack([distances[f"λ = {lam}"] for lam in SWEEP], 1)  # (S, 5, 3)
-        for j, label in enumerate(WEIGHTINGS):
-            band(panels[k], SWEEP, d[..., j], label, partial(paired_ratio, b=d[:, :1, j]))
+        ax.set(title=label, aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(-2, 2), ylim=(-2, 2))
+    for k, (name, result) in enumerate(results.items()):
+        best_lam, V = result[-1]
+        sweep = torch.stack([ratios[name][f"λ = {lam}"] for lam in SWEEP], 1)   # (3, 5, 3)
+        for label, ratio in zip(WEIGHTINGS, sweep.unbind(2)):
+            band(panels[k], SWEEP, ratio, label)
         panels[k].set(title=name, xlabel="λ", ylabel="distance, ratio to λ = 1")
-        band(middle, LAMBDAS, V, name)
+        band(middle, LAMBDAS, interval(V), name)
         middle.axvline(best_lam.mean(), color=f"C{k}", ls=":", label=f"λ* = {best_lam.mean():.2f}")
     middle.set(title="variance of the gradient", xlabel="λ", ylabel="ratio to λ = 1")
     for label in ("loss, λ = 1", "loss, λ = 0", "distance, λ = 1"):
-        band(right, stops, curves[label] / curves[label][:, :1], label)
+        curve = curves[label] / curves[label][:, :1]
+        band(right, stops, interval(curve), label)
     right.set(title="8 Gaussians", xlabel="steps", ylabel=f"over that at {stops[0]} steps")
     for ax in (panels[0], middle, right):
         ax.legend()
-    plain, adaptive, by_cell = paired_ratio(table["λ = 0"], table["λ = 1"])[0]
-    noiseless, _, _ = paired_ratio(table["oracle"], table["λ = 1"])[0]
+    plain, adaptive, by_cell = ratios["8 Gaussians"]["λ = 0"][0]
+    noiseless, _, _ = ratios["8 Gaussians"]["oracle"][0]
     return fig, (
         f"8 Gaussians: λ = 0 ends {plain:.2f} times as far from the data as MeanFlow's λ = 1, "
         f"the oracle {noiseless:.2f} times;\n"
@@ -792,24 +768,20 @@ EXPERIMENTS = {
     "fisher": fisher, "variance": variance, "race": race, "samplers": samplers, "meanflow": meanflow}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", nargs="*", default="all", choices=["all", *EXPERIMENTS])
-    parser.add_argument("--full", action="store_true", help="fisher, race: all data sets and methods")
-    parser.add_argument("--out", type=Path, default="assets", help="folder of the figures")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+def main(experiments, sets, out):
+    """Runs those of experiments, name -> function(args) -> figure, title, that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("experiment", nargs="*", default="all", choices=["all", *experiments])
+    parser.add_argument("--out", type=Path, default=out, help="folder of the figures")
     parser.add_argument("--seeds", type=int, default=16, help="how many, at least 4")
     parser.add_argument("--steps", type=int, default=1000, help="of training")
     args = parser.parse_args()
     if args.seeds < 4:
         parser.error("--seeds: 4 or more are needed for an interval")
     args.out.mkdir(parents=True, exist_ok=True)
-    args.seeds = range(args.seed, args.seed + args.seeds)
-    args.sets = list(data_sets().items())
-    if not args.full:
-        args.sets = args.sets[:2]
-    for name in EXPERIMENTS if "all" in args.experiment else args.experiment:
-        fig, title = EXPERIMENTS[name](args)
+    args.seeds, args.sets = range(args.seeds), sets
+    for name in experiments if "all" in args.experiment else args.experiment:
+        fig, title = experiments[name](args)
         fig.suptitle(title, weight="bold")
         path = args.out / f"toy2d_{name}.png"
         fig.savefig(path)
@@ -817,4 +789,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(EXPERIMENTS, data_sets(), "assets")
