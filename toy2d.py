@@ -622,7 +622,7 @@ def running(side):
 
 
 def at(lam, u, z, r, t, v, mean):
-    """MeanFlow's target with the tangent mean + lam (v - mean), mean = E[v | z] exact; v where r = t."""
+    """MeanFlow's target with the tangent mean + lam (v - mean), mean = E[v | z] exact."""
     return fpo.mean_flow_target(u, z, r, t, v, mean + lam * (v - mean))
 
 
@@ -632,16 +632,10 @@ def own(u, z, r, t, v, mean):
     return at(0, u, z, r, t, v, velocity)
 
 
-def oracle(u, z, r, t, v, mean):
-    """Without noise: E[v | z] in both places."""
-    return at(0, u, z, r, t, mean, mean)
-
-
-def best(earlier, u, *batch):
+def best(earlier, u, z, r, t, v, mean):
     """The target with the least noise, by the coefficient lam* of earlier batches."""
-    _, r, t, v, mean = batch
-    T = at(0, u, *batch)
-    xi, A_xi = v - mean, T - at(1, u, *batch)
+    T = at(0, u, z, r, t, v, mean)
+    xi, A_xi = v - mean, T - at(1, u, z, r, t, v, mean)
     lam = earlier((xi * A_xi).sum(-1), A_xi.square().sum(-1), r, t)
     return T - lam[..., None] * A_xi
 
@@ -649,9 +643,10 @@ def best(earlier, u, *batch):
 def mean_flow_loss(target, usual, params, *batch):
     """Mean of w |u - T|^2 -> (3 S,): S networks for each of WEIGHTINGS. MeanFlow's w is 1 / (|u - T|^2 + c)^p
     with p = 1; by cell, with the mean of earlier losses at about that r and t instead."""
-    z, r, t, _, _ = batch
     u = lambda z, r, t: forward(params, z, t, r)
-    T = target(u, *batch)
+    late = target(u, *(part[:, N // 2:] for part in batch))
+    z, r, t, v, _ = batch
+    T = torch.cat([v[:, :N // 2], late], 1)                             # T = v where r = t
     L = (u(z, r, t) - T).square().sum(-1)                               # (3 S, N)
     own_loss, ones = L.detach(), torch.ones_like(L)
     scales = ones, own_loss, usual(own_loss, ones, r, t)                # in the order of WEIGHTINGS
@@ -682,18 +677,20 @@ def one_step(data, seeds, stops):
     without weights, loss and distance at stops (S, 5) and the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
+    exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # E[v | z] in both places
     z, other = noise(seeds)
     y = fpo.heun(data.velocity, other, 100)
     methods = {f"λ = {lam}": partial(at, lam) for lam in SWEEP} | {
         "λ*": partial(best, running(1)),
         "λ* by cell": partial(best, running(5)),
         "own velocity": own,
-        "oracle": oracle}
+        "oracle": partial(at, 0)}
     samples, curves = {}, {}
     for method, target in methods.items():
         loss = partial(mean_flow_loss, target, running(5))
         losses, distances = [], []
-        for L, params in fit(new_nets(seeds), stream, loss, steps):
+        source = exact if method == "oracle" else stream
+        for L, params in fit(new_nets(seeds), source, loss, steps):
             losses.append(L[:S])
             if len(losses) in stops:
                 x = fpo.mean_flow(lambda x, r, t: forward(params, x, t, r), z)
