@@ -41,8 +41,7 @@ def cosine(t):
 
 def diffusion(t):
     """DDPM's path: alpha = exp(-0.5 int_0^t beta), sigma = sqrt(1 - alpha^2) [VR Table 1].
-    beta(s) = 0.1 + 19.9 s. sigma', infinite at t = 0, is computed with sigma >= 1e-3, so that all is finite.
-    """
+    beta(s) = 0.1 + 19.9 s. sigma', infinite at t = 0, is computed with sigma >= 1e-3: all is finite."""
     beta = 0.1 + 19.9 * t
     integral = 0.1 * t + 9.95 * t ** 2
     alpha = torch.exp(-integral / 2)
