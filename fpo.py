@@ -12,7 +12,7 @@ Sources, as cited below:
             (its t is our 1 - t, its velocity is minus ours)
     [VRPO]  Improving Visual Representation Alignment Generation with GRPO
     [iREPA] What Matters for Representation Alignment: Global Information or Spatial Structure?
-    [SV]    Stable Velocity
+    [SV]    Stable Velocity         [REG] Representation Entanglement for Generation
     [JiT]   Back to Basics: Let Denoising Generative Models Denoise
     [MF]    Mean Flows for One-step Generative Modeling
     [LV]    On Variance Reduction in Learning Mean Flows (we have its abstract only)
