@@ -1833,14 +1833,14 @@ train_sit.main(default)
 
 
 @pytest.fixture(scope="session")
-def two_processes(folder, trained, tmp_path_factory):
-    """One torchrun of two processes: a repacked folder, samples, a run with VRPO, a default run.
+def two_processes(folder, reg_folder, trained, tmp_path_factory):
+    """One torchrun of two processes: a repacked folder, samples, a run with REG and VRPO, a default run.
 
     Process 1 is killed in step 5 of the default run."""
     tmp = tmp_path_factory.mktemp("two")
     repack = [f"--images={repa_folder(tmp / 'source', 40)}", f"--out={tmp}/repacked", "--batch=8", "--encoder=none"]
     argvs = [repack, sampling(trained, tmp / "samples", sampler="sde"),
-             training(folder, tmp / "vrpo", align="vrpo", lr=1e-4), training(folder, tmp / "default", save_every=2)]
+             reg_flags(reg_folder, tmp / "reg", align="vrpo", lr=1e-4), training(folder, tmp / "default", save_every=2)]
     (tmp / "script.py").write_text(f"import sys; sys.path[0] = {str(HERE)!r}{SCRIPT.format(argvs=json.dumps(argvs))}")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1 --monitor-interval=0.1"
     job = launch(*torchrun.split(), tmp / "script.py")
@@ -1850,9 +1850,9 @@ def two_processes(folder, trained, tmp_path_factory):
 
 
 def test_torchrun_goes_on_after_a_killed_worker_and_the_run_does_not_depend_on_the_number_of_processes(
-        folder, trained, tmp_path, two_processes):
-    assert run(training(folder, tmp_path, align="vrpo", lr=1e-4)) is None
-    for ours, alone in (("default", trained), ("vrpo", tmp_path)):
+        reg_folder, trained, tmp_path, two_processes):
+    assert run(reg_flags(reg_folder, tmp_path, align="vrpo", lr=1e-4)) is None
+    for ours, alone in (("default", trained), ("reg", tmp_path)):
         np.testing.assert_allclose(log_of(two_processes / ours), log_of(alone), rtol=2e-3)
     assert (trained / "samples-0000006.png").stat().st_size > 1000
 
