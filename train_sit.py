@@ -3,7 +3,8 @@ r"""Train a SiT by flow matching with representation alignment (REPA), FPO and V
     python train_sit.py                                    # the embedded digits, minutes on two CPU cores
     python train_sit.py --align none --policy uniform --timesteps uniform --out runs/plain    # plain SiT
     torchrun --nproc_per_node 8 train_sit.py --data LATENTS --out runs/xl --model SiT-XL/2 --lr 1e-4 \
-        --batch 256 --steps 400000 --warmup 0 --ema 0.9999 --save_every 10000 --sample_every 10000
+        --batch 256 --steps 400000 --warmup 0 --ema 0.9999 --no-ema_warmup --timesteps uniform \
+        --save_every 10000 --sample_every 10000 --keep_every 50000
 
 The method is fpo.py's. Here stand, in this order, the flags, what is optimised, the training loop, and what
 the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
