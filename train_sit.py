@@ -506,7 +506,7 @@ class Latents:
         """n random images, or that part of both their sides, as the model sees them; at most all."""
         rows = np.random.RandomState(seed).permutation(len(self))[:n]
         parts = np.array_split(rows, math.ceil(len(rows) / 500))         # to hold few whole images at a time
-        latents = [read_rows(self.latents, part)[:, :, side, side] for part in parts]
+        latents = [read_rows(self.latents, part)[:, :, side, side].copy() for part in parts]
         latents, noise = torch.from_numpy(np.concatenate(latents)), None
         if self.moments:
             shape = len(rows), self.channels, *latents.shape[2:]
