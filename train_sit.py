@@ -244,9 +244,9 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-def time_frequencies(like):
-    """The 128 frequencies of time_features, on the device and in the dtype of a tensor."""
-    return 10000.0 ** (-torch.arange(128, device=like.device, dtype=like.dtype) / 128)
+def time_frequencies(t):
+    """The 128 frequencies of time_features, in t's dtype and on its device."""
+    return 10000.0 ** (-torch.arange(128, device=t.device, dtype=t.dtype) / 128)
 
 
 def time_features(t):
@@ -730,13 +730,14 @@ def load_model(path, ema=True):
 
     config: dict with path, predict, step and the data's meta where known. The model is always in our time and
     sign (as_velocity gives v from a network that outputs x or eps). Raises Refused for any other file."""
-    saved, which = read_checkpoint(path), "ema" if ema else "model"
+    saved = read_checkpoint(path)
+    key = "ema" if ema else "model"
     try:
         if "config" in saved:                                            # ours
-            state, arch = saved[which], saved["arch"]
+            state, arch = saved[key], saved["arch"]
             config = {**saved["config"], "meta": saved["meta"], "step": saved["step"]}
         else:                                                            # REPA's, or SiT's bare state dict
-            state, arch = from_published(saved.get(which, saved))
+            state, arch = from_published(saved.get(key, saved))
             config = dict(path="linear", predict="v", meta=None, step=saved.get("steps"))
         model = SiT(**arch)
         model.load_state_dict(state)
