@@ -673,11 +673,11 @@ def save_checkpoint(cfg, run, model, ema, opt, meta, keep=2):
     step = run["step"]
     average = dict(step=step, ema=ema.state_dict(), meta=meta, arch=model.arch, config=vars(cfg))
     state = dict(average, **run, model=model.state_dict(), opt=opt.state_dict())
-    with whole(f"{cfg.out}/step-{step:07d}.pt") as file:
-        torch.save(state, file)
-    if cfg.keep_every and step % cfg.keep_every == 0:
+    if cfg.keep_every and step % cfg.keep_every == 0:        # first: a run does not come back to this step
         with whole(f"{cfg.out}/average-{step:07d}.pt") as file:
             torch.save(average, file)
+    with whole(f"{cfg.out}/step-{step:07d}.pt") as file:
+        torch.save(state, file)
     for old in checkpoints(cfg.out)[:-keep]:
         old.unlink()
 

@@ -40,7 +40,7 @@ def make_synthetic(folder, N):
 def run(flags, steps, out):
     """Train without checkpoints and pictures -> its flags, arguments of its network, images a second."""
     seen = []
-    train_sit.save_checkpoint = lambda cfg, step, model, *more: seen.append((cfg, model.arch))
+    train_sit.save_checkpoint = lambda cfg, run, model, *more: seen.append((cfg, model.arch))
     train_sit.write_pictures = lambda *_: None
     third = max(1, steps // 3)
     train_sit.main([*flags, f"--steps={steps}", f"--log_every={third}", f"--out={out}"])
