@@ -125,11 +125,11 @@ def data_sets():
 
 
 # ---- S networks at once, and their training --------------------------------------------------------------
-def new_nets(seeds):
+def new_nets(seeds, sizes=SIZES):
     """[W (S, in, out), b (S, 1, out), ...]: an MLP for every seed, He's initialisation."""
     generators = [seeded(seed) for seed in seeds]
     params = []
-    for i, o in zip(SIZES, SIZES[1:]):
+    for i, o in zip(sizes, sizes[1:]):
         W = torch.stack([torch.randn(i, o, generator=g) for g in generators])
         b = torch.zeros(len(W), 1, o)
         params += [W * (2 / i) ** 0.5, b]
@@ -159,17 +159,17 @@ def batches(data, seeds, n=N, block=50):
     m = block * n                                                       # few large draws are faster
     while True:
         x = torch.stack([data.sample(m, g) for g in generators])
-        eps = torch.stack([torch.randn(m, 2, generator=g) for g in generators])
+        eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
         u = torch.stack([torch.rand(m, generator=g) for g in generators])
         yield from zip(*(a.split(n, 1) for a in (x, eps, u)))
 
 
-def fit(nets, stream, loss, steps, ema=EMA):
+def fit(nets, stream, loss, steps, ema=EMA, rate=RATE):
     """Adam on loss(params, *batch) -> (S,), each network's own. Yields it, and the averaged parameters.
     The gradient of the sum is each network's own, and Adam works element by element: they do not mix."""
     params = [p.requires_grad_() for p in nets]
     average = [p.detach().clone() for p in params]
-    adam = torch.optim.Adam(params, lr=RATE, fused=True)
+    adam = torch.optim.Adam(params, lr=rate, fused=True)
     bar = trange(1, steps + 1, leave=False)
     for step, batch in zip(bar, stream):
         L = loss(params, *batch)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
+import between
 import fpo
 import measures
 import sample
@@ -87,9 +88,6 @@ GRID = {
     "FPO velocity, β = 2": VELOCITY,
     "FPO alignment, β = 2": f"{FPO} --policy uniform",
     "FPO both, β = 2": FPO,
-    "FPO both, β = 2, groups of 32": f"{FPO} --group 32",
-    "FPO both, β = 2, groups of 16": f"{FPO} --group 16",
-    "FPO both, β = 2, groups of 8": f"{FPO} --group 8",
     "FPO both, β = N/8": f"{FPO} --beta 16",
     "FPO both, β = N/2": f"{FPO} --beta 64",
     "FPO velocity, β = N/2": f"{VELOCITY} --beta 64",
@@ -107,6 +105,18 @@ BATCH = {
     "REPA, N = 256": f"{REPA} --batch 256",
     "FPO, N = 256": f"{FPO} --batch 256",
 }
+# Two of the open questions: does FPO help where few samples compete, and which end of t does it pay to spare?
+PARTS = {"both": FPO, "velocity": VELOCITY, "alignment": f"{FPO} --policy uniform"}
+QUESTIONS = {
+    "REPA": REPA,
+    "logit-normal": f"{NO_FPO} --timesteps logit_normal",
+    "fewer at the data": f"{NO_FPO} --timesteps fewer_at_data",
+    "fewer at the noise": f"{NO_FPO} --timesteps fewer_at_noise",
+}
+COMPETING = 128, 32, 16, 8                   # samples that are ranked together, of a batch of 128
+for part, flags in PARTS.items():
+    for size in COMPETING:
+        QUESTIONS[f"FPO {part}, {size} compete"] = f"{flags} --group {size}"
 # Which output, and where is its error measured? Pixels in one wide patch, 256 numbers into a width of 64.
 train_sit.MODELS["micro/16"] = dict(train_sit.MODELS["micro"], patch=16)
 PAIRS = {f"{output}, loss in {place}": f"--predict {output} --loss {place}"
@@ -119,6 +129,7 @@ GROUPS = {                                   # flags of all its runs, checkpoint
     "switches": ("--batch 64 --lr 3e-3 --bf16 --sample_every 9999", STEPS, SWITCHES),
     "grid": (SMALL, [600], GRID),
     "batch": (SMALL, [600], BATCH),
+    "questions": (SMALL, [600], QUESTIONS),
     "pairs": (f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
 }
 VR = ["VR, Gaussian", "VR, Monte Carlo", "VR, network"]
@@ -139,7 +150,8 @@ MEASURES = {                                 # title, digits
     "probe": ("probe, % ↑", 1),
 }
 SHARES = {"t_of_loss": "velocity loss", "t_of_align": "alignment loss", "t_of_c": "FPO's weights c"}
-NUMBERS = [*MEASURES, *SHARES, "moved", "grad_norm", "reward_std"]
+TENTHS = [f"loss_t{k}" for k in range(10)]   # the velocity loss in each tenth of t
+NUMBERS = [*MEASURES, *SHARES, "moved", "grad_norm", "reward_std", *TENTHS]
 IN_PERCENT = ["accuracy", "probe", *SHARES, "moved"]                     # when shown
 TABLE, DENSITIES = HERE / "ablation.csv", HERE / "ablation_density.csv"
 RUNS = ROOT / "runs/ablation"
@@ -149,9 +161,14 @@ RUNS = ROOT / "runs/ablation"
 
 
 def train(argv):
-    """train_sit.py with one more policy, FPO by losses minus their mean at t, and every checkpoint kept."""
+    """train_sit.py with what only the study needs, and every checkpoint kept.
+
+    It is FPO by losses minus their mean at t, and two densities of t."""
     centred = lambda L, t, cfg: fpo.fpo_gradient_weights(fpo.centred(L, t), cfg.r, cfg.beta, cfg.tau)
     train_sit.POLICIES["fpo_centred"] = centred
+    for end in ("data", "noise"):
+        density = between.DENSITIES[f"fewer at the {end}"]
+        train_sit.TIMESTEPS[f"fewer_at_{end}"] = lambda u, run_density, cfg, density=density: density(u)
     train_sit.save_checkpoint = functools.partial(train_sit.save_checkpoint, keep=9)
     train_sit.main([*"--batch 128 --lr 2e-3 --steps 1400 --timesteps vr_gaussian".split(), *argv])   # of old
 
@@ -163,7 +180,7 @@ def read(path):
 
 def write(path, rows, mode):
     with open(path, mode, newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def measured(path, data):
@@ -182,7 +199,8 @@ def measured(path, data):
     logged = [np.mean([float(row[name]) for row in log[-5:]]) for name in ("moved", "grad_norm")]
     moments = train_sit.read_checkpoint(path)["moments"]
     reward_std = fpo.vrpo_terms(moments["reward"])[2] if moments else np.nan
-    return [L.mean(), frechet, accuracy, precision, recall, *hidden, *shares, *logged, reward_std]
+    numbers = [L.mean(), frechet, accuracy, precision, recall, *hidden, *shares, *logged, reward_std]
+    return numbers + [L[(10 * t).long() == k].mean() for k in range(10)]
 
 
 def run(group, name, seed, data):
@@ -241,7 +259,7 @@ class Table:
         for row in read(TABLE):
             for measure in NUMBERS:
                 series = self.series[row["group"], row["name"], int(row["step"]), measure]
-                series[row["seed"]] = float(row[measure]) * (100 if measure in IN_PERCENT else 1)
+                series[row["seed"]] = float(row[measure] or "nan") * (100 if measure in IN_PERCENT else 1)
 
     def seeds(self, group, name, measure, step=None):
         return self.series[group, name, step or GROUPS[group][1][-1], measure]
