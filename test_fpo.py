@@ -41,6 +41,7 @@ from data import font_digits, imagenet
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "study"))
 import ablation  # noqa: E402
+import between  # noqa: E402
 import measures  # noqa: E402
 import race  # noqa: E402
 import speed  # noqa: E402
@@ -975,15 +976,15 @@ def test_random_sets_of_a_fraction_q_overlap_by_q_and_equal_ones_by_1():
 
 def test_weights_1_over_pi_undo_the_density_of_t():
     V = DATA_2D["8 Gaussians"].variance(toy2d.GRID, points=61)
-    timesteps, weights = toy2d.vr(V, reweight=True)
+    timesteps, weights = race.unbiased(V)
     t = timesteps((torch.arange(100_000) + 0.5)[None] / 100_000)
     assert abs((weights(None, t) * torch.sin(3 * t)).mean() - (1 - math.cos(3)) / 3) < 2e-3    # integral of sin 3t
 
 
-def test_the_study_s_race_has_six_policies_more_and_every_policy_gives_a_time_and_a_weight_to_each_sample(monkeypatch):
+def test_the_study_s_race_has_eleven_policies_more_and_every_policy_gives_a_time_and_a_weight_to_each_sample(monkeypatch):
     monkeypatch.setattr(toy2d, "network_loss", lambda *_: 1 + 1 / toy2d.GRID)
     table, g = race.policies(DATA_2D["two moons"]), seeded(0)
-    assert len(table) == len(toy2d.policies(DATA_2D["two moons"])) + 6
+    assert len(table) == len(toy2d.policies(DATA_2D["two moons"])) + 11
     u, losses = torch.rand(2, 3, toy2d.N, generator=g)
     for timesteps, weights in table.values():
         t = timesteps(u)
@@ -2595,11 +2596,14 @@ def test_hidden_tokens_are_measured_without_the_label_and_with_the_same_noise_ev
 
 def test_every_run_of_the_study_has_flags_that_train_sit_accepts(monkeypatch):
     monkeypatch.setitem(train_sit.POLICIES, "fpo_centred", None)
+    for end in ("data", "noise"):
+        monkeypatch.setitem(train_sit.TIMESTEPS, f"fewer_at_{end}", None)
     accepted = (train_sit.Config, train_sit.CHOICES, train_sit.LOWEST, train_sit.HIGHEST)
-    for group, (common, steps, runs) in ablation.GROUPS.items():
+    for seeds, common, steps, runs in ablation.GROUPS.values():
         argvs = [f"{common} {flags}".split() for flags in runs.values()]
         configs = [train_sit.parse_flags(*accepted, argv, "") for argv in argvs]
         assert len({str(cfg) for cfg in configs}) == len(configs)        # no two runs are the same
+        assert seeds in ablation.QUANTILE
         for cfg in configs:
             assert cfg.steps == steps[-1] and all(step % cfg.save_every == 0 for step in steps)
 
@@ -2607,8 +2611,11 @@ def test_every_run_of_the_study_has_flags_that_train_sit_accepts(monkeypatch):
 def test_the_study_s_training_knows_centred_fpo_and_keeps_every_checkpoint(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sit, "save_checkpoint", train_sit.save_checkpoint)     # put back at the end
     monkeypatch.setitem(train_sit.POLICIES, "fpo_centred", None)
+    for end in ("data", "noise"):
+        monkeypatch.setitem(train_sit.TIMESTEPS, f"fewer_at_{end}", None)
     out = tmp_path / "run"
-    flags = "--model micro --batch 8 --steps 4 --save_every 1 --policy fpo_centred --beta 4 --no-bf16"
+    flags = ("--model micro --batch 8 --steps 4 --save_every 1 --policy fpo_centred --beta 4 --no-bf16 "
+             "--timesteps fewer_at_noise")
     ablation.train([*flags.split(), "--data", str(digits), "--out", str(out)])
     assert [path.name for path in train_sit.checkpoints(out)] == [f"step-{k:07d}.pt" for k in (1, 2, 3, 4)]
     L = torch.rand(8, generator=seeded(98))
@@ -2618,6 +2625,28 @@ def test_the_study_s_training_knows_centred_fpo_and_keeps_every_checkpoint(digit
     left = L - (kernel * L).sum(1) / kernel.sum(1)
     expected = fpo.fpo_gradient_weights(left, 0.8, 4.0, 0.5)
     torch.testing.assert_close(train_sit.POLICIES["fpo_centred"](L, t, cfg), expected)
+    u = torch.tensor([0.01, 0.99])
+    at_data, at_noise = (train_sit.TIMESTEPS[f"fewer_at_{end}"](u, None, cfg) for end in ("data", "noise"))
+    assert at_data[0] > 0.05 and at_data[1] == u[1] and at_noise[0] == u[0] and at_noise[1] < 0.95
+
+
+@pytest.mark.parametrize("name", between.DENSITIES)
+def test_the_densities_that_spare_one_end_of_t_keep_its_median_and_thin_out_the_end_that_they_name(name):
+    t = between.DENSITIES[name]((torch.arange(100_000) + 0.5) / 100_000)
+    assert abs(t.median() - 0.5) < 1e-4 and (t.diff() > 0).all()
+    first, last = (t < 0.05).float().mean(), (t > 0.95).float().mean()
+    thin = torch.special.ndtr(torch.tensor(0.05).logit())                # of a logit-normal: 0.0016
+    assert abs(first - (thin if name in ("logit-normal", "fewer at the data") else 0.05)) < 1e-4
+    assert abs(last - (thin if name in ("logit-normal", "fewer at the noise") else 0.05)) < 1e-4
+
+
+def test_the_distance_in_k_dimensions_sees_a_shift_as_large_as_it_is():
+    k, shift = 8, 0.3
+    y = torch.randn(4000, k, generator=seeded(0))
+    x = torch.stack([y[:2000], y[2000:] + shift * F.one_hot(torch.tensor(0), k)])
+    near, far = between.distance(x, y)
+    theta = torch.randn(k, 64, generator=seeded(6))
+    assert near < 0.05 and abs(far - shift * (theta[0] / theta.norm(dim=0)).abs().mean()) < 0.03
 
 
 @pytest.mark.parametrize("n", ablation.QUANTILE)
@@ -2648,7 +2677,7 @@ def test_every_line_that_the_study_prints_stands_in_its_readme(tmp_path, capsys,
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--draw", "--out", str(tmp_path)])
     ablation.main()
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"ablation.png", "ablation_fpo.png", "ablation_batch.png", "ablation_vr.png"}
+    assert names == {f"ablation{end}.png" for end in ("", "_fpo", "_batch", "_vr", "_groups", "_ends", "_clock")}
     readme = " ".join((HERE / "study/README.md").read_text().split())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 50

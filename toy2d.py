@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import trange
@@ -226,12 +225,12 @@ def interval(a):
     return torch.stack([mean, mean - half, mean + half])
 
 
-def print_means(title, columns, table, digits=2):
+def print_means(title, columns, table):
     """A row for each label -> values (S, columns): mean over seeds and half of its 95 % interval."""
     rows = [["mean +- 95 %", *map(str, columns)]]
     for label, values in table.items():
         mean, _, high = interval(values)
-        rows.append([label, *(f"{m:.{digits}f} +-{h - m:.{digits}f}" for m, h in zip(mean, high))])
+        rows.append([label, *(f"{m:.4f} +-{h - m:.4f}" for m, h in zip(mean, high))])
     print("\n" + title)
     print_table(rows)
 
@@ -243,7 +242,7 @@ def print_ratios(base, columns, table):
     for label, a in table.items():
         ratio = ratios[label] = interval((a / table[base]).log()).exp()
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in ratio.T]
-        rows.append([label, *cells])
+        rows += [[label, *cells]]
     print_table(rows)
     return ratios
 
@@ -349,120 +348,71 @@ def network_loss(data, path, seeds, steps, n=2048):
     return torch.stack(curve).double()
 
 
-def wide_data(g):
-    """label -> points (M, d), M = 200 unless it says otherwise, and eigenvalues of the covariance (d,).
-    Beside the digits: Gaussian fields with the power spectrum |f|^-2 of natural images, or white noise, by
-    their Fourier coefficients, which are independent. Real latents are neither Gaussian nor as steep."""
-    from data.font_digits import ensure                                 # makes them the first time
-    x = torch.from_numpy(np.load(ensure() / "latents.npy")).double().flatten(1)
-    x = x[torch.randperm(len(x), generator=g)]
-    x = (x - x.mean(0)) / x.var(0).mean().sqrt()
-    power = torch.linalg.eigvalsh(x.T @ x / len(x)).clamp_min(0)
-    sets = {
-        "digits, d = 256": (x[:200], power),
-        "digits, d = 256, M = 2000": (x[:2000], power)}
-    shapes = (0, 4, 32), (1, 3, 32), (1, 4, 32), (1, 4, 64)
-    for slope, channels, side in shapes:
-        f = torch.fft.fftfreq(side, 1 / side, dtype=x.dtype)
-        f2 = f[:, None] ** 2 + f ** 2
-        power = f2.clamp_min(1) ** -slope
-        power = (power / power.mean()).flatten().repeat(channels)
-        z = torch.randn(200, len(power), dtype=x.dtype, generator=g)
-        sets[f"|f|^-{2 * slope}, d = {len(power)}"] = z * power.sqrt(), power
-    return sets
-
-
 def variance(args):
     """VR draws t from pi(t) ~ h^2 V(t), the irreducible loss [VR Lemma 3.1]: which estimator finds it?
-    In high dimension Monte Carlo on M points sees how far apart the points are; the oracle there is the
-    closed form, exact for Gaussian data."""
+    Monte Carlo on M points sees how far apart the points are, which study/wide.py shows in high dimension."""
     data, g = data_sets()["8 Gaussians"], seeded(0)
     x = data.sample(2000, g)
-    sets = wide_data(g)
     curves = {}                                                         # path -> label -> h^2 V (T,)
     for name, path in fpo.PATHS.items():
         alpha, sigma, d_alpha, d_sigma = path(GRID)
         snr, h2 = alpha / sigma, ((d_alpha * sigma - alpha * d_sigma) / sigma) ** 2
-        V = {"2D, exact": data.variance(GRID, path)}
+        V = {"exact": data.variance(GRID, path)}
         for M in (50, 200, 2000):
-            V[f"2D, Monte Carlo, M = {M}"] = fpo.posterior_variance(x[:M], snr, 40_000 // M, g)
-        V["2D, Gaussian"] = fpo.gaussian_posterior_variance(x, snr)
-        V["2D, network"] = network_loss(data, path, args.seeds[:4], args.steps) / h2
-        for label, (points, power) in sets.items():
-            noises = 100_000 // len(points)
-            V[f"{label}, Monte Carlo"] = fpo.posterior_variance(points, snr, noises, g)
-            V[f"{label}, Gaussian"] = (power / (1 + snr[:, None] ** 2 * power)).mean(1)
+            V[f"Monte Carlo, M = {M}"] = fpo.posterior_variance(x[:M], snr, 40_000 // M, g)
+        V["Gaussian"] = fpo.gaussian_posterior_variance(x, snr)
+        V["network"] = network_loss(data, path, args.seeds[:4], args.steps) / h2
         curves[name] = {label: h2 * one for label, one in V.items()}
+    print_locations(curves)
+    return variance_figure(curves)
+
+
+def print_locations(curves):
+    """m of the logit-normal that is closest to each density of t: curves, path -> label -> h^2 V (T,)."""
     rows = [["m of the closest logit-normal (KS distance)", *curves]]
-    for label in V:
-        closest = [fpo.logit_normal_location(GRID, curves[name][label]) for name in curves]
-        rows.append([label, *(f"{m:.2f} ({distance:.2f})" for m, distance in closest)])
+    for label in curves["linear"]:
+        closest = [fpo.logit_normal_location(GRID, of_path[label]) for of_path in curves.values()]
+        rows += [[label, *(f"{m:.2f} ({distance:.2f})" for m, distance in closest)]]
     print_table(rows)
-    return variance_figure(curves["linear"])
 
 
 def variance_figure(curves):
-    fig = Figure((9, 4.5))
-    left, right = fig.subplots(1, 2)
-    for k, (label, curve) in enumerate(curves.items()):
-        density = curve / torch.trapezoid(curve, GRID)
-        if label.startswith("2D"):
-            left.plot(GRID, curve, label=label)
-        elif label.endswith("Monte Carlo"):
-            right.plot(GRID, density, f"C{k // 2}", label=label)
-        else:
-            right.plot(GRID, density, f"C{k // 2}--")
-    left.set(xlabel="t", ylabel="8 Gaussians, linear path: irreducible loss", ylim=(0, 2.2))
-    right.set(xlabel="t", ylabel="high dimension: density of t (dashed: Gaussian)", ylim=(0, 10))
-    left.legend()
-    right.legend()
-    late = GRID > 0.9
-    share = {label: curve[late].sum() / curve.sum() for label, curve in curves.items()}
+    fig = Figure((9, 3.6))
+    for ax, (path, of_path) in zip(fig.subplots(1, 3), curves.items()):
+        for label, curve in of_path.items():
+            ax.plot(GRID, curve, label=label)
+        ax.set(title=path, xlabel="t", ylabel="irreducible loss of 8 Gaussians")
+        ax.set_ylim(0, 1.1 * of_path["exact"].max())
+    ax.legend()
+    share = {label: curve / curve.sum() for label, curve in curves["linear"].items()}
+    wrong = {label: (one - share["exact"]).abs().sum() / 2 for label, one in share.items()}
     return fig, (
-        "How much of the density of t lies above 0.9, for 200 points of white noise in d = 4096?\n"
-        f"By Monte Carlo {share['|f|^-0, d = 4096, Monte Carlo']:.0%}, by the closed form, which is exact, "
-        f"{share['|f|^-0, d = 4096, Gaussian']:.0%}")
+        f"Linear path: Monte Carlo on 200 points puts {wrong['Monte Carlo, M = 200']:.1%} "
+        f"of the density of t at a wrong place,\nthe Gaussian closed form {wrong['Gaussian']:.1%}, "
+        f"the loss of a trained network {wrong['network']:.1%}")
 
 
 # ---- 3. race ---------------------------------------------------------------------------------------------
-def fpo_of(beta, centre=False, weigh=fpo.fpo_gradient_weights, **options):
-    """FPO's policy, every seed ranking its own batch; centre: by the loss minus its mean near that t."""
-    def weights(losses, t):
-        if centre:
-            losses = fpo.centred(losses, t)
-        return torch.vmap(partial(weigh, r=0.8, beta=beta, **options))(losses)
-
-    return SAME, weights
+def fpo_of(beta, weigh=fpo.fpo_gradient_weights, **options):
+    """FPO's policy; every seed ranks its own batch."""
+    weigh = partial(weigh, r=0.8, beta=beta, **options)
+    return SAME, lambda losses, t: torch.vmap(weigh)(losses)
 
 
-def vr(V, reweight=False):
-    """VR-sampling's policy with V (T,) on GRID, a tenth of it uniform; reweight: by 1 / pi, unbiased."""
+def vr(V):
+    """VR-sampling's policy with V (T,) on GRID, a tenth of it uniform."""
     pdf = fpo.vr_density(V, GRID).float()
-    cell = (pdf[1:] + pdf[:-1]) / 2                                     # density between two grid points
-
-    def inverse(losses, t):
-        k = torch.searchsorted(GRID.float(), t) - 1
-        return 1 / cell[k.clamp(0, len(cell) - 1)]
-
-    return lambda u: fpo.sample_timesteps(u, GRID, pdf), inverse if reweight else ONES
+    return lambda u: fpo.sample_timesteps(u, GRID, pdf), ONES
 
 
 def policies(data):
-    """name -> policy. The paper's beta is 2; N / 2 is a third of all weight."""
-    coarse = GRID[::3]
-    V = np.interp(GRID, coarse, data.variance(coarse, points=81))
-    V = torch.from_numpy(V)
+    """name -> policy. The paper's beta is 2; N / 2 is a third of all weight. More: study/race.py."""
     return {
         "uniform": UNIFORM,
         "FPO, β = 2": fpo_of(2),
         "FPO, β = N/2": fpo_of(N / 2),
-        "FPO, β = N/2, minus mean at t": fpo_of(N / 2, centre=True),
-        "FPO, β = N/2, τ = 5": fpo_of(N / 2, tau=5.0),
-        "hard samples, β = N/2": fpo_of(N / 2, weigh=fpo.hard_sample_weights),
-        "min-SNR": (SAME, lambda losses, t: torch.vmap(fpo.min_snr_weights)(t)),
         "logit-normal t, m = 0": (fpo.logit_normal_timesteps, ONES),
-        "VR": vr(V),
-        "VR, weights 1/π": vr(V, reweight=True)}
+        "VR": vr(data.variance(GRID, points=81))}
 
 
 def compete(data, seeds, steps, methods):
@@ -495,7 +445,7 @@ def race(args, policies=policies):
     results = {}
     for name, data in args.sets.items():
         scores, _ = compete(data, args.seeds, args.steps, policies(data))
-        print_means(name, MEASURES, scores, digits=4)
+        print_means(name, MEASURES, scores)
         del scores["exact velocity"]
         results[name] = print_ratios("uniform", MEASURES, scores)
     return race_figure(args.steps, results, bias(args.seeds, args.steps * 3 // 2))
@@ -509,14 +459,13 @@ def bias(seeds, steps):
     methods = {
         "uniform": UNIFORM,
         "FPO, β = 2": fpo_of(2),
-        "FPO, β = N/8": fpo_of(N / 8),
         "FPO, β = N/2": fpo_of(N / 2)}
     _, samples = compete(data, seeds, steps, methods)
     shares = {}
     for method, x in samples.items():
         at_right = x[..., 0] > data.c[:, 0].mean()
         shares[method] = at_right.float().mean(1, True)                     # (S, 1)
-    print_means(f"two blobs, {steps} steps", ["share of the 20 %"], shares, digits=4)
+    print_means(f"two blobs, {steps} steps", ["share of the 20 %"], shares)
     return shares
 
 
@@ -564,14 +513,14 @@ def samplers(args):
     table = {}
     for label, xs in ends.items():
         table[label] = torch.stack([distance(x) for x in xs], 1)
-    print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table, digits=4)
+    print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table)
     adaptive = {}                                                       # NFE -> distances (S,)
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
         counted = fpo.counted(v)
         x = fpo.dopri5(counted, z, tolerance, tolerance)
         adaptive[counted.nfe] = distance(x)
     distances = torch.stack([*adaptive.values()], 1)
-    print_means("the same", adaptive, {"Dormand-Prince": distances}, digits=4)
+    print_means("the same", adaptive, {"Dormand-Prince": distances})
     return sampler_figure(table, adaptive, distances)
 
 
@@ -720,9 +669,9 @@ def meanflow(args):
     results = dict(zip(args.sets, results))
     ratios = {}
     for name, (_, table, curves, (lam, V)) in results.items():
-        print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table, digits=4)
+        print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table)
         ratios[name] = print_ratios("λ = 1", WEIGHTINGS, table)
-        print_means(f"{name}, no weights: after steps", stops, curves, digits=3)
+        print_means(f"{name}, no weights: after steps", stops, curves)
         print_means(f"{name}: variance of the gradient over that at λ = 1", ["λ*", *LAMBDAS],
                     {"networks of λ = 1": torch.cat([lam, V], 1)})
     return meanflow_figure(stops, results, ratios)

@@ -14,6 +14,7 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,13 +125,14 @@ PAIRS = {f"{output}, loss in {place}": f"--predict {output} --loss {place}"
 WIDE = "--model micro/16 --align none --policy uniform --timesteps logit_normal --steps 2000 --lr 2e-3"
 SMALL = "--model micro --lr 8e-3 --warmup 50 --steps 600 --save_every 600 --sample_every 9999"
 STEPS = 350, 700, 1400
-GROUPS = {                                   # flags of all its runs, checkpoints measured, runs
-    "default": ("--sample_every 9999", STEPS, MAIN),
-    "switches": ("--batch 64 --lr 3e-3 --bf16 --sample_every 9999", STEPS, SWITCHES),
-    "grid": (SMALL, [600], GRID),
-    "batch": (SMALL, [600], BATCH),
-    "questions": (SMALL, [600], QUESTIONS),
-    "pairs": (f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
+NOW = "--batch 64 --lr 3e-3 --bf16 --sample_every 9999"
+GROUPS = {                                   # seeds, flags of all its runs, checkpoints measured, runs
+    "switches": (5, NOW, STEPS, SWITCHES),
+    "questions": (3, SMALL, [600], QUESTIONS),
+    "default": (3, "--sample_every 9999", STEPS, MAIN),
+    "grid": (3, SMALL, [600], GRID),
+    "batch": (3, SMALL, [600], BATCH),
+    "pairs": (3, f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
 }
 VR = ["VR, Gaussian", "VR, Monte Carlo", "VR, network"]
 SIZES = {                                    # N -> group, run with FPO, run without
@@ -153,7 +155,7 @@ SHARES = {"t_of_loss": "velocity loss", "t_of_align": "alignment loss", "t_of_c"
 TENTHS = [f"loss_t{k}" for k in range(10)]   # the velocity loss in each tenth of t
 NUMBERS = [*MEASURES, *SHARES, "moved", "grad_norm", "reward_std", *TENTHS]
 IN_PERCENT = ["accuracy", "probe", *SHARES, "moved"]                     # when shown
-TABLE, DENSITIES = HERE / "ablation.csv", HERE / "ablation_density.csv"
+TABLE, DENSITIES, SPEEDS = HERE / "ablation.csv", HERE / "ablation_density.csv", HERE / "ablation_speed.csv"
 RUNS = ROOT / "runs/ablation"
 
 # ----------------------------------------------------------------------------------------------------------
@@ -203,16 +205,19 @@ def measured(path, data):
     return numbers + [L[(10 * t).long() == k].mean() for k in range(10)]
 
 
-def run(group, name, seed, data):
-    """Train, or go on, on one core; the rows of its checkpoints."""
-    common, steps, runs = GROUPS[group]
-    out = RUNS / f"{group}-{list(runs).index(name)}-{seed}"
-    flags = f"--no-bf16 {common} {runs[name]} --seed {seed}".split()
-    command = [sys.executable, __file__, "--train", *flags, "--out", str(out)]
+def on_one_core(flags, out):
+    command = [sys.executable, __file__, "--train", *flags.split(), "--out", str(out)]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=one_core, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def run(group, name, seed, data):
+    """Train, or go on, on one core; the rows of its checkpoints."""
+    _, common, steps, runs = GROUPS[group]
+    out = RUNS / f"{group}-{list(runs).index(name)}-{seed}"
+    on_one_core(f"--no-bf16 {common} {runs[name]} --seed {seed}", out)
     rows = []
     for step in steps:
         numbers = measured(out / f"step-{step:07d}.pt", data)
@@ -220,13 +225,13 @@ def run(group, name, seed, data):
     return rows
 
 
-def study(seeds, at_once):
+def study(at_once):
     """Every run that the table lacks, seed by seed; then the densities of t that the VR runs ended with."""
     if not TABLE.exists():
         write(TABLE, [["group", "name", "seed", "step", *NUMBERS]], "w")
     have = {(row["group"], row["name"], int(row["seed"])) for row in read(TABLE)}
-    groups = [(group, name) for group, (_, _, runs) in GROUPS.items() for name in runs]
-    jobs = [(group, name, seed) for seed in range(seeds) for group, name in groups]
+    jobs = [(group, name, seed) for group, (seeds, _, _, runs) in GROUPS.items()
+            for seed in range(seeds) for name in runs]
     todo = [job for job in jobs if job not in have]
     data = train_sit.Latents(font_digits.ensure(ROOT / train_sit.Config.data), features=True, cls=True)
     torch.set_num_threads(1)
@@ -244,10 +249,24 @@ def study(seeds, at_once):
     write(DENSITIES, rows, "w")
 
 
+def measure_speed(rounds=3, steps=80):
+    """Images per second of every switch on one core, by turns; the first half of the steps does not count."""
+    rows = [["name", "round", "images_per_s"]]
+    for k in range(rounds):
+        for name, flags in SWITCHES.items():
+            with tempfile.TemporaryDirectory() as out:
+                on_one_core(f"{NOW} {flags} --steps {steps} --log_every {steps // 2}", out)
+                *_, last = read(Path(out, "log.csv"))
+            rows += [[name, k, last["images_per_s"]]]
+            print(*rows[-1], flush=True)
+    write(SPEEDS, rows, "w")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Tables
 
-QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}         # Student's t, 97.5 %, for so many seeds
+# Student's t, 97.5 %, for so many seeds
+QUANTILE = dict(zip(range(2, 11), [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]))
 GAPS = {"loss": "velocity loss, %", "frechet": "Fréchet distance", "accuracy": "judge accuracy, points"}
 
 
@@ -262,7 +281,7 @@ class Table:
                 series[row["seed"]] = float(row[measure] or "nan") * (100 if measure in IN_PERCENT else 1)
 
     def seeds(self, group, name, measure, step=None):
-        return self.series[group, name, step or GROUPS[group][1][-1], measure]
+        return self.series[group, name, step or GROUPS[group][2][-1], measure]
 
     def values(self, *which):
         return np.array(list(self.seeds(*which).values()))
@@ -284,16 +303,19 @@ def gap_cells(table, runs, which):
     return [cell(*table.gap(*runs, measure), digits[measure], "+") for measure in which]
 
 
+def finished(table, group):
+    """The runs of a group that have three seeds: all, unless the study was stopped."""
+    return [name for name in GROUPS[group][3] if len(table.values(group, name, "loss")) > 2]
+
+
 def print_group(table, group, title, names=None, against=""):
     """Means of some runs, and the differences of all but the first from what they are compared with.
 
-    Runs with fewer than three seeds, of a study that is not at its end, are left out."""
+    names: those of which the means are printed."""
     head = ["", *(measure for measure, _ in MEASURES.values())]
-    done = [name for name in GROUPS[group][2] if len(table.values(group, name, "loss")) > 2]
-    if not done:
-        return
-    seeds = len(table.values(group, "REPA", "loss"))
-    print(f"\n{title}: mean ± standard deviation over {seeds} seeds")
+    done = finished(table, group)
+    seeds = [len(table.values(group, name, "loss")) for name in done]
+    print(f"\n{title}: mean ± standard deviation over {' to '.join(map(str, sorted({*seeds})))} seeds")
     rows = [head]
     for name in done if names is None else names:
         values = {measure: table.values(group, name, measure) for measure in MEASURES}
@@ -305,6 +327,63 @@ def print_group(table, group, title, names=None, against=""):
         base = BASE.get(name, "REPA")
         label = name if against else f"{name} vs {base}"
         rows += [[label, *gap_cells(table, (group, name, base), MEASURES)]]
+    toy2d.print_table(rows)
+
+
+def images_per_second():
+    """name -> images per second of every round, from ablation_speed.csv."""
+    speeds = collections.defaultdict(list)
+    for row in read(SPEEDS):
+        speeds[row["name"]] += [float(row["images_per_s"])]
+    return {name: np.array(values) for name, values in speeds.items()}
+
+
+def print_answer(table):
+    """What to switch on: the rule of README.md, in one table."""
+    print("\nwhat to switch on, batch 64, 1,400 steps: paired difference ± 95 %")
+    rows = [["", *GAPS.values(), "samples", "time of a step", "seeds"]]
+    speeds = images_per_second()
+    for name in finished(table, "switches")[1:]:
+        base = BASE.get(name, "REPA")
+        mean, half = table.gap("switches", name, base, "frechet")
+        verdict = "no effect seen" if abs(mean) <= half else "helps" if mean < 0 else "harms"
+        ratio = speeds[base] / speeds[name]
+        time = f"{np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
+        seeds = len(table.values("switches", name, "loss"))
+        cells = gap_cells(table, ("switches", name, base), GAPS)
+        rows += [[f"{name} vs {base}", *cells, verdict, time, str(seeds)]]
+    toy2d.print_table(rows)
+
+
+def print_questions(table):
+    """Which of two guesses holds? Both in the small network, 600 steps."""
+    print("\ntwo questions, --model micro, 600 steps: paired difference ± 95 % from REPA")
+    which = {**GAPS, "cosine": "cosine"}
+    rows = [["", "moved, %", *which.values()]]
+    for name in finished(table, "questions")[1:]:
+        moved = table.values("questions", name, "moved").mean()
+        rows += [[name, f"{moved:.2f}", *gap_cells(table, ("questions", name, "REPA"), which)]]
+    toy2d.print_table(rows)
+
+
+def between_ratios():
+    """(data set, density of t) -> distances over those of uniform t: mean, low, high end of 95 % (3,)."""
+    far = collections.defaultdict(list)
+    for row in read(between.TABLE):
+        far[row["data"], row["density"]] += [float(row["distance"])]
+    far = {key: torch.tensor(values).log() for key, values in far.items()}
+    return {(data, density): toy2d.interval(values - far[data, "uniform"]).exp()
+            for (data, density), values in far.items() if density != "uniform"}
+
+
+def print_between():
+    print("\nbetween two dimensions and the digits: distance of the samples, ratio to uniform t [95 %]")
+    ratios = between_ratios()
+    densities = list(between.DENSITIES)[1:]
+    rows = [["", *densities]]
+    for data in dict.fromkeys(data for data, _ in ratios):
+        cells = [ratios[data, density].tolist() for density in densities]
+        rows += [[data, *(f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in cells)]]
     toy2d.print_table(rows)
 
 
@@ -442,6 +521,85 @@ def draw_batches(table):
     return fig
 
 
+def draw_questions(table):
+    """FPO where few compete: whole batch, groups of 32, 16, 8; for either loss, and both."""
+    title = "FPO at β = 2 where few samples compete: minus REPA, 95 % intervals"
+    fig, (left, *right) = figure(title, 11, 2.8, ncols=5)
+    left.plot(COMPETING, [200 / (n + 2) for n in COMPETING], "k:", label="β / (n + β)")
+    for k, part in enumerate(PARTS):
+        names = [f"FPO {part}, {size} compete" for size in COMPETING]
+        if part == "velocity":
+            moved = [table.values("questions", name, "moved").mean() for name in names]
+            left.plot(COMPETING, moved, f"C{k}o-", ms=3, label="measured, velocity")
+        for ax, (measure, title) in zip(right, {**GAPS, "cosine": "cosine"}.items()):
+            mean, half = zip(*(table.gap("questions", name, "REPA", measure) for name in names))
+            beside = np.array(COMPETING) * 1.12 ** (k - 1)
+            ax.errorbar(beside, mean, half, fmt=f"C{k}o", ms=3, lw=1, label=part)
+            ax.set_title(title)
+    left.set_title("gradient weight moved by FPO, %")
+    log_scale(left, "y", (0.5, 1, 2, 5, 10, 20))
+    for ax in (left, *right):
+        log_scale(ax, "x", COMPETING[::-1])
+        ax.set_xlabel("samples that are ranked together")
+    for ax in right:
+        ax.axhline(0, color="k", lw=0.8)
+    left.legend()
+    right[0].legend()
+    return fig
+
+
+def draw_ends(table):
+    """Logit-normal t: what it does to the loss at each t, and each of its two ends alone."""
+    title = "Logit-normal t against uniform t: the digits, each end alone, and fewer dimensions"
+    fig, (left, middle, right) = figure(title, 11, 3.2, ncols=3, width_ratios=(1, 1, 1.3))
+    t = (np.arange(10) + 0.5) / 10
+    for k, step in enumerate(STEPS):
+        uniform, normal = (np.stack([table.values("switches", name, tenth, step) for tenth in TENTHS])
+                           for name in ("REPA", "REPA + logit-normal"))
+        n = min(uniform.shape[1], normal.shape[1])
+        gap = 100 * (normal[:, :n] / uniform[:, :n] - 1)
+        left.errorbar(t, gap.mean(1), QUANTILE[n] * gap.std(1, ddof=1) / n ** 0.5, fmt=f"C{k}o-", ms=3, lw=1,
+                      label=f"{step} steps")
+    left.axhline(0, color="k", lw=0.8)
+    left.set(xlabel="t", title="digits, tiny: velocity loss, % of uniform's")
+    left.legend()
+    names = list(QUESTIONS)[1:4]
+    for k, (measure, title) in enumerate(GAPS.items()):
+        mean, half = zip(*(table.gap("questions", name, "REPA", measure) for name in names))
+        middle.errorbar(mean, np.arange(3) + 0.2 * (k - 1), xerr=half, fmt=f"C{k}o", ms=3, lw=1, label=title)
+    middle.axvline(0, color="k", lw=0.8)
+    middle.set(yticks=range(3), yticklabels=names, ylim=(2.6, -0.6), title="digits, micro: minus uniform")
+    middle.legend()
+    ratios = between_ratios()
+    sets = list(dict.fromkeys(data for data, _ in ratios))
+    for k, density in enumerate(list(between.DENSITIES)[1:]):
+        mean, low, high = torch.stack([ratios[data, density] for data in sets], 1).numpy()
+        right.errorbar(np.arange(len(sets)) + 0.15 * (k - 1), mean, (mean - low, high - mean), fmt=f"C{k}o",
+                       ms=3, lw=1, label=density)
+    right.axhline(1, color="k", lw=0.8)
+    right.set(xticks=range(len(sets)), title="small networks: distance of the samples, ratio to uniform")
+    right.set_xticklabels([data.replace(", ", "\n") for data in sets])
+    right.legend()
+    return fig
+
+
+def draw_clock(table):
+    """Quality against the time that training took on one core, by the speeds of measure_speed."""
+    names, speeds = finished(table, "switches"), images_per_second()
+    fig, axes = figure("Quality against time, not steps: means over the seeds", 10, 3.6, ncols=3)
+    for k, name in enumerate(names):
+        minutes = 64 * np.array(STEPS) / np.median(speeds[name]) / 60
+        for ax, (measure, title) in zip(axes, {m: MEASURES[m] for m in GAPS}.items()):
+            values = [table.values("switches", name, measure, step).mean() for step in STEPS]
+            line = "o-" if k < 10 else "s--"
+            ax.plot(minutes, values, line, color=f"C{k % 10}", ms=3, lw=1, label=name)
+            ax.set(title=title[0], xlabel="minutes of training on one core")
+    axes[1].set(yscale="log", yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
+    axes[1].minorticks_off()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    return fig
+
+
 def draw_densities(table):
     title = "Three estimators of one curve: what they recommend, and what it does (against uniform t)"
     fig, (left, *right) = figure(title, 10, 2.8, ncols=4, width_ratios=(1.4, 1, 1, 1))
@@ -462,7 +620,10 @@ def draw_densities(table):
 def draw(folder):
     """Print every table, and write every figure into a folder."""
     table = Table()
+    print_answer(table)
     print_group(table, "switches", "the switches, batch 64, 1,400 steps")
+    print_questions(table)
+    print_between()
     print_group(table, "default", "batch 128, 1,400 steps")
     print_group(table, "grid", "the grid, --model micro, 600 steps", ["REPA"], " from REPA")
     print_batches(table)
@@ -470,7 +631,8 @@ def draw(folder):
     print_theorem_6(table)
     print_pairs(table)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"": draw_steps, "_fpo": draw_shares, "_batch": draw_batches, "_vr": draw_densities}
+    figures = {"": draw_steps, "_fpo": draw_shares, "_batch": draw_batches, "_vr": draw_densities,
+               "_groups": draw_questions, "_ends": draw_ends, "_clock": draw_clock}
     for name, draw_figure in figures.items():
         draw_figure(table).savefig(folder / f"ablation{name}.png", dpi=100)
 
@@ -480,12 +642,14 @@ def main():
         return train(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="only tables and figures")
+    parser.add_argument("--speed", action="store_true", help="only the speed of every switch")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
-    parser.add_argument("--seeds", type=int, default=3, choices=QUANTILE, help="how many (default: 3)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: study)")
     args = parser.parse_args()
+    if args.speed:
+        return measure_speed()
     if not args.draw:
-        study(args.seeds, args.jobs)
+        study(args.jobs)
     draw(args.out)
 
 

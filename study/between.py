@@ -2,8 +2,8 @@
 
     python study/between.py         # writes between.csv; ablation.py --draw draws it: 20 minutes of one core
 
-The digits are projected on their first k principal components, with toy2d.py's two data sets beside them. On each
-set one kind of network learns by four densities of t: uniform, logit-normal (m = 0), and two that are
+The digits are projected on their first k principal components, with toy2d.py's two data sets beside them.
+On each set one kind of network learns by four densities of t: uniform, logit-normal (m = 0), and two that are
 logit-normal on one half of [0, 1] alone. They take samples from one end, and leave the other as it is."""
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ DENSITIES = {                                # the median of t is 1/2 in all fou
 
 
 class Digits:
-    """The digits on their first k principal components, scaled to unit mean square; held_out (HELD_OUT, k)."""
+    """The digits on their first k principal components, scaled to unit mean square."""
 
     def __init__(self, k):
         pixels = torch.from_numpy(np.load(font_digits.ensure() / "latents.npy")).double().flatten(1)
@@ -37,7 +37,7 @@ class Digits:
         _, axes = torch.linalg.eigh(pixels.T @ pixels)                   # the largest eigenvalue is last
         x = pixels @ axes[:, -k:]
         x = (x / x.square().mean().sqrt()).float()
-        self.held_out, self.x = x[:HELD_OUT], x[HELD_OUT:]
+        self.held_out, self.x = x[:HELD_OUT], x[HELD_OUT:]               # (HELD_OUT, k), the others
 
     def sample(self, n, generator):
         return self.x[torch.randint(len(self.x), (n,), generator=generator)]
@@ -72,7 +72,7 @@ def losses(params, data):
 
 
 def learn(data, timesteps):
-    """Trains a network for every seed: distance of its samples from the held-out data (S,), losses (S, 10)."""
+    """Trains a network for every seed: distance of its samples from held-out data (S,), losses (S, 10)."""
     k = data.held_out.shape[1]
 
     def loss(params, x, eps, u):
