@@ -123,18 +123,19 @@ def join_parts(files, count):
     """All parts, once they are there -> images (N, H, W, 3) on the disk, x (N, C, H, W), labels (N,), NFE."""
     while not all(file.exists() for file in files):
         time.sleep(1)                                        # the other processes are not done yet
-    parts = [np.load(file) for file in files]
-    shape = count, *parts[0]["arr_0"].shape[1:]
-    images = np.lib.format.open_memmap(files[0].parent / "arr_0.npy", "w+", np.uint8, shape)
-    start = 0
-    for part in parts:
-        pixels = part["arr_0"]
+    images, x, labels, nfe, start = None, [], [], 0, 0
+    for file in files:
+        with np.load(file) as part:                          # closed again: there may be thousands
+            pixels = part["arr_0"]
+            x.append(part["x"])
+            labels.append(part["labels"])
+            nfe = max(nfe, int(part["nfe"]))
+        if images is None:
+            shape = count, *pixels.shape[1:]
+            images = np.lib.format.open_memmap(file.parent / "arr_0.npy", "w+", np.uint8, shape)
         images[start:start + len(pixels)] = pixels
         start += len(pixels)
-    x = np.concatenate([part["x"] for part in parts])
-    labels = np.concatenate([part["labels"] for part in parts])
-    nfe = max(int(part["nfe"]) for part in parts)
-    return images, torch.from_numpy(x), labels, nfe
+    return images, torch.from_numpy(np.concatenate(x)), np.concatenate(labels), nfe
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def main(argv=None):
     cfg = train_sit.parse_flags(Config, CHOICES, LOWEST, {}, argv, __doc__)
     if cfg.metrics and cfg.data == Config.data:
         from data import font_digits
-        font_digits.ensure()
+        cfg.data = str(font_digits.ensure())
     try:
         sample(cfg)
     except Refused as error:

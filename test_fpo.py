@@ -1764,6 +1764,15 @@ def test_a_signal_before_the_first_step_saves_and_stops_and_handlers_come_back(f
     assert handlers() == before
 
 
+def test_the_processes_agree_on_a_signal_by_gather_on_their_own_device_because_nccl_has_no_cpu_tensors(monkeypatch):
+    source, devices = (HERE / "train_sit.py").read_text(), []
+    used = re.findall(r"dist\.(\w*(?:all|reduce|gather|broadcast|scatter|send|recv)\w*)\(", source)
+    assert used == ["all_gather"] and "stop.anywhere(device)" in source
+    monkeypatch.setattr(train_sit, "gather", lambda x: devices.append(x.device.type) or torch.tensor([0, signal.SIGTERM]))
+    with train_sit.Stop() as stop:
+        assert stop.anywhere("meta") == stop.agreed == signal.SIGTERM and devices == ["meta"] and stop.signal == 0
+
+
 def test_a_second_signal_ends_at_once():
     before = handlers()
     with train_sit.Stop() as stop:
@@ -1945,7 +1954,7 @@ def test_frechet_distance_of_gaussians_and_precision_recall_of_known_sets():
 
 
 def test_no_sample_starts_from_a_noise_that_training_drew():
-    cfg, data = train_sit.Config(batch=4), types.SimpleNamespace(shape=(1, 8, 8), moments=False, cls_dim=0)
+    cfg, data = train_sit.Config(batch=4), types.SimpleNamespace(channels=1, size=8, moments=False, cls_dim=0)
     drawn = torch.cat([train_sit.draws(cfg, step, data, torch.device("cpu"))[0] for step in range(1, 50)])
     model = types.SimpleNamespace(shape=(1, 8, 8), cls_dim=0, num_classes=10)
     starts = []

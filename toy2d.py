@@ -57,8 +57,7 @@ class Mixture:
 
     def __init__(self, centres, s, w=None):
         c = torch.as_tensor(centres, dtype=torch.float64)
-        even = [1 / len(c)] * len(c)
-        self.w = torch.tensor(w or even, dtype=c.dtype)
+        self.w = torch.tensor(w or [1 / len(c)] * len(c), dtype=c.dtype)
         c = c - self.w @ c
         mean_square = self.w @ c.square().sum(1) / 2 + s ** 2
         scale = mean_square.sqrt().item()
@@ -130,8 +129,7 @@ def new_nets(seeds, sizes=SIZES):
     params = []
     for i, o in zip(sizes, sizes[1:]):
         W = torch.stack([torch.randn(i, o, generator=g) for g in generators])
-        b = torch.zeros(len(W), 1, o)
-        params += [W * (2 / i) ** 0.5, b]
+        params += [W * (2 / i) ** 0.5, torch.zeros(len(W), 1, o)]
     return params
 
 
@@ -145,10 +143,9 @@ def forward(params, x_t, t, r=None):
         waves = math.pi * torch.cat([t / 2, t, gap / 2, gap], -1)
     angle = torch.cat([2 * x_t, 4 * x_t, waves], -1)
     h = torch.cat([x_t, angle.sin(), angle.cos()], -1)                  # (S, n, 18)
-    for k in range(0, len(params), 2):
-        if k > 0:
-            h = torch.nn.functional.silu(h)
-        h = torch.baddbmm(params[k + 1], h, params[k])
+    h = torch.baddbmm(params[1], h, params[0])
+    for W, b in zip(params[2::2], params[3::2]):
+        h = torch.baddbmm(b, torch.nn.functional.silu(h), W)
     return h
 
 
@@ -236,7 +233,7 @@ def print_means(title, columns, table):
 
 
 def print_ratios(base, columns, table):
-    """Rows over the row base, paired by seed: label -> geometric mean, low and high end (3, columns)."""
+    """Every row over the row base, seed by seed: label -> geometric mean, low, high end (3, columns)."""
     ratios = {}
     rows = [[f"ratio to {base} [95 %]", *columns]]
     for label, a in table.items():
@@ -322,7 +319,7 @@ def fisher(args):
 
 def fisher_figure(results):
     fig = Figure((9, 4))
-    for (name, shares), ax in zip(results.items(), fig.subplots(1, 2)):
+    for (name, shares), ax in zip(results.items(), fig.subplots(1, len(results))):
         for way, share in shares.items():
             band(ax, FRACTIONS, interval(share), way)
         ax.plot(FRACTIONS, FRACTIONS, "k:", label="chance")
@@ -350,7 +347,8 @@ def network_loss(data, path, seeds, steps, n=2048):
 
 def variance(args):
     """VR draws t from pi(t) ~ h^2 V(t), the irreducible loss [VR Lemma 3.1]: which estimator finds it?
-    Monte Carlo on M points sees how far apart the points are, which study/wide.py shows in high dimension."""
+    At small t a noisy point still tells which of the M points it came from, and Monte Carlo finds no variance
+    there. study/wide.py shows this in high dimension."""
     data, g = data_sets()["8 Gaussians"], seeded(0)
     x = data.sample(2000, g)
     curves = {}                                                         # path -> label -> h^2 V (T,)
@@ -431,9 +429,9 @@ def compete(data, seeds, steps, methods):
     x_t, _ = fpo.interpolate(x, eps, t)
     exact = data.velocity(x_t, t)
     x_t, t = x_t.expand(S, -1, 2), t.expand(S, -1)
-    samples = {method: fpo.heun(v, z, 16) for method, v in fields.items()}
-    scores = {}
+    samples, scores = {}, {}
     for method, v in fields.items():
+        samples[method] = fpo.heun(v, z, 16)
         error = (v(x_t, t) - exact).square().mean((1, 2))
         distance = sliced_wasserstein(samples[method], y)
         scores[method] = torch.stack([distance, error], 1)
@@ -452,26 +450,21 @@ def race(args, policies=policies):
 
 
 def bias(seeds, steps):
-    """What FPO converges to: E[c (v_theta - v)] = 0, c growing with the loss: pulled to rare targets.
-    Between two blobs of 80 % and 20 % v given x_t is skewed and cannot be known: the loss does not go to 0,
-    as [FPO Prop. 3.4] assumes."""
+    """What FPO converges to. Its optimum has E[c (v_theta - v)] = 0, and c grows with the loss, so v_theta is
+    pulled to rare targets. Between two blobs of 80 % and 20 % v cannot be known from x_t: the loss stays
+    above 0, where [FPO Prop. 3.4] assumes that it goes to 0."""
     data = Mixture([[0.0, 0.0], [1.0, 0.0]], 0.15, [0.8, 0.2])
-    methods = {
-        "uniform": UNIFORM,
-        "FPO, β = 2": fpo_of(2),
-        "FPO, β = N/2": fpo_of(N / 2)}
+    methods = {"uniform": UNIFORM, "FPO, β = 2": fpo_of(2), "FPO, β = N/2": fpo_of(N / 2)}
     _, samples = compete(data, seeds, steps, methods)
-    shares = {}
-    for method, x in samples.items():
-        at_right = x[..., 0] > data.c[:, 0].mean()
-        shares[method] = at_right.float().mean(1, True)                     # (S, 1)
+    middle = data.c[:, 0].mean()
+    shares = {method: (x[..., 0] > middle).float().mean(1, True) for method, x in samples.items()}   # (S, 1)
     print_means(f"two blobs, {steps} steps", ["share of the 20 %"], shares)
     return shares
 
 
 def race_figure(steps, results, shares):
     fig = Figure((9, 4))
-    *panels, right = fig.subplots(1, 3)
+    *panels, right = fig.subplots(1, len(results) + 1)
     ticks = [1, 2, 5, 10]
     for ax, (name, ratios) in zip(panels, results.items()):
         distances = {method: ratio[:, 0] for method, ratio in ratios.items()}
@@ -510,9 +503,7 @@ def samplers(args):
         "Euler-Maruyama, w = 2, equal steps": [sde(k, last=0.0) for k in NFES],
         "exact flow": [flow] * len(NFES),
         "independent exact samples": [data.sample(len(z), g).double()] * len(NFES)}
-    table = {}
-    for label, xs in ends.items():
-        table[label] = torch.stack([distance(x) for x in xs], 1)
+    table = {label: torch.stack([distance(x) for x in xs], 1) for label, xs in ends.items()}
     print_means("Sliced Wasserstein distance to the data, by evaluations of v", NFES, table)
     adaptive = {}                                                       # NFE -> distances (S,)
     for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
@@ -530,8 +521,8 @@ def sampler_figure(table, adaptive, adaptive_distances):
     for label, distances in table.items():
         band(ax, NFES, interval(distances), label)
     band(ax, list(adaptive), interval(adaptive_distances), "Dormand-Prince")
-    ax.set(xlabel="evaluations of v", xscale="log")
-    ax.set(ylabel="sliced Wasserstein distance to the data", yscale="log")
+    ax.set(xlabel="evaluations of v", ylabel="sliced Wasserstein distance to the data")
+    ax.set(xscale="log", yscale="log")
     fig.legend(loc="outside center right")
     at_16 = {label: distances[:, 2].mean() for label, distances in table.items()}
     return fig, (
@@ -577,8 +568,7 @@ def at(lam, u, z, r, t, v, mean):
 
 def own(u, z, r, t, v, mean):
     """lam = 0, with the network's own velocity for the exact one, as improved MeanFlow has it."""
-    velocity = u(z, t, t).detach()
-    return at(0, u, z, r, t, v, velocity)
+    return at(0, u, z, r, t, v, mean=u(z, t, t).detach())
 
 
 def best(earlier, u, z, r, t, v, mean):
@@ -590,8 +580,9 @@ def best(earlier, u, z, r, t, v, mean):
 
 
 def mean_flow_loss(target, usual, params, *batch):
-    """Mean of w |u - T|^2 -> (3 S,): S networks for each of WEIGHTINGS. MeanFlow's w is 1 / (|u - T|^2 + c)^p
-    with p = 1; by cell, with the mean of earlier losses at about that r and t instead."""
+    """Mean of w |u - T|^2 -> (3 S,): S networks for each of WEIGHTINGS. MeanFlow's adaptive w is
+    1 / (|u - T|^2 + c)^p with p = 1. By cell, the mean of earlier losses at about that r and t takes the
+    place of the sample's own."""
     u = lambda z, r, t: forward(params, z, t, r)
     late = target(u, *(part[:, N // 2:] for part in batch))
     z, r, t, v, _ = batch
@@ -616,8 +607,7 @@ def gradient_variance(params, stream):
     zero, one = (part - part.mean(1, True) for part in g.chunk(2, 1))
     A_xi = zero - one
     best_lam = torch.vmap(fpo.control_coefficient)(zero, A_xi)
-    V = [(zero - lam * A_xi).square().sum((1, 2)) for lam in LAMBDAS]
-    V = torch.stack(V, 1)
+    V = torch.stack([(zero - lam * A_xi).square().sum((1, 2)) for lam in LAMBDAS], 1)
     return best_lam[:, None], V / V[:, :1]
 
 
@@ -652,9 +642,7 @@ def one_step(data, seeds, stops):
             variance = gradient_variance(params, stream[steps:])
     for k in (1, 2, 100):
         samples[f"Heun, {k} steps"] = fpo.heun(data.velocity, z, k)
-    table = {}
-    for label, x in samples.items():
-        table[label] = sliced_wasserstein(x, y).unflatten(0, (3, S)).T
+    table = {label: sliced_wasserstein(x, y).unflatten(0, (3, S)).T for label, x in samples.items()}
     return samples, table, curves, variance
 
 
@@ -665,8 +653,7 @@ def meanflow(args):
     run = partial(one_step, seeds=[*args.seeds[:8]] * 3, stops=stops)
     spawn = multiprocessing.get_context("spawn")                        # a core for each data set
     with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        results = pool.map(run, args.sets.values())
-    results = dict(zip(args.sets, results))
+        results = dict(zip(args.sets, pool.map(run, args.sets.values())))
     ratios = {}
     for name, (_, table, curves, (lam, V)) in results.items():
         print_means(f"{name}, {stops[-1]} steps: sliced Wasserstein distance", WEIGHTINGS, table)
@@ -683,8 +670,7 @@ def meanflow_figure(stops, results, ratios):
     samples, _, curves, _ = results["8 Gaussians"]
     for ax, label in zip(top, ("Heun, 100 steps", "λ = 1", "own velocity", "oracle")):
         ax.plot(*samples[label][0].T, ".", ms=2)
-        ax.set(title=label, aspect="equal", xticks=[], yticks=[])
-        ax.set(xlim=(-2, 2), ylim=(-2, 2))
+        ax.set(title=label, aspect="equal", xticks=[], yticks=[], xlim=(-2, 2), ylim=(-2, 2))
     for k, (name, result) in enumerate(results.items()):
         best_lam, V = result[-1]
         sweep = torch.stack([ratios[name][f"λ = {lam}"] for lam in SWEEP], 1)   # (3, 5, 3)

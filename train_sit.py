@@ -42,8 +42,10 @@ import fpo
 
 # This process among torchrun's, or alone.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# Matrix products in bf16 are fast on every GPU, and on the CPUs that have an instruction for them.
-FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+# Products of matrices in bf16 are fast on GPUs from Ampere on, and on CPUs that have an instruction for them.
+FAST_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+if torch.cuda.is_available():
+    FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclasses.dataclass
@@ -106,8 +108,8 @@ for patch in (2, 4, 8, 16, 32):
 
 # ----------------------------------------------------------------------------------------------------------
 # What is optimised: mean(c L) + repa_weight mean(a A), with the velocity losses L and the alignment losses A
-# [REPA Eq. 9]. A policy gives their weights c or a, detached: losses and t of the global batch, (N,), (N,)
-# -> (N,), with mean 1.
+# [REPA Eq. 9]. A policy turns losses and timesteps of the global batch, both (N,), into weights (N,) of
+# mean 1, without gradient: c for L, a for A.
 
 POLICIES = {
     "uniform": lambda L, t, cfg: torch.ones_like(L),
@@ -216,8 +218,8 @@ def train(cfg, stop):
         save = step % cfg.save_every == 0 or step == cfg.steps
         picture = step % cfg.sample_every == 0 or step == cfg.steps
         if step % cfg.log_every == 0 or save or picture:
-            bar.set_postfix(loss=log_row(cfg, run, recent, time.time() - since, c, lr))
-            stopping = stop.anywhere()
+            bar.set_postfix(loss=log_row(cfg, run, recent, since, c, lr))
+            stopping = stop.anywhere(device)
             if RANK == 0 and (save or stopping):
                 save_checkpoint(cfg, run, model, ema, opt, data.meta)
             if RANK == 0 and picture:
@@ -240,7 +242,7 @@ def position_embedding(width, side):
 
 
 def modulate(x, shift, scale):
-    """LayerNorm without parameters of its own, in whose place adaLN's shift and scale (B, D) stand."""
+    """LayerNorm without parameters, then adaLN's scale and shift (B, D): x (B, T, D) -> the same."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -395,7 +397,7 @@ class SiT(nn.Module):
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if self.checkpointing else block(h, c)
             if features and depth == self.encoder_depth and self.projectors:
-                z = self.projectors[0](h)                    # (B, T, feature_dim)
+                z = self.projectors[0](h)                    # (B, T, feature_dim), with REG 1 + T
                 if features == "only":
                     return z
         v = self.final_layer(h, c)
@@ -475,7 +477,6 @@ class Latents:
         self.classes, self.moments = self.meta["num_classes"], self.meta.get("moments", False)
         _, channels, self.size, _ = self.latents.shape
         self.channels = channels // 2 if self.moments else channels
-        self.shape = self.channels, self.size, self.size                 # of what the model sees
         self.feature_dim, self.cls_dim = self.features.shape[-1], self.cls.shape[-1]
         rows = {len(array) for array in self.arrays}
         low, high = self.labels.min(), self.labels.max()
@@ -557,7 +558,7 @@ def draws(cfg, step, data, device):
     """All that is random in a step: eps (N, C, H, W) normal, u, drop (N,) uniform in [0, 1), noise for
     Latents.seen, used with moments alone, and the noise of the class token (N, cls_dim)."""
     random = dict(generator=torch.Generator(device).manual_seed(seed_of(cfg.seed, step - 1)), device=device)
-    shape = cfg.batch, *data.shape
+    shape = cfg.batch, data.channels, data.size, data.size
     eps = torch.randn(shape, **random)
     u, drop = torch.rand(2, cfg.batch, **random)
     noise = torch.randn(shape, **random) if data.moments else eps        # unused without moments
@@ -741,7 +742,7 @@ def load_model(path, ema=True):
             config = dict(path="linear", predict="v", meta=None, step=saved.get("steps"))
         model = SiT(**arch)
         model.load_state_dict(state)
-    except (LookupError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
+    except Exception as error:
         raise Refused(f"{path} is no SiT that we know ({type(error).__name__})") from None
     return model.eval().requires_grad_(False), config
 
@@ -778,9 +779,9 @@ def from_published(state):
 COLUMNS = "step,loss,align,grad_norm,moved,ess,lr,images_per_s"              # README says what they are
 
 
-def log_row(cfg, run, recent, seconds, c, lr):
-    """A row more in out/log.csv, of the losses and norms since the last row and the last weights c (N,)
-    -> the mean loss. Refused if a number is not finite."""
+def log_row(cfg, run, recent, since, c, lr):
+    """A row more in out/log.csv, of the losses and norms since the last row, at the time since, and of the
+    last weights c (N,) -> the mean loss. Refused if a number is not finite."""
     loss, align, norm = torch.stack(recent).mean(0).tolist()
     if not math.isfinite(loss + align + norm):
         raise Refused(f"the loss is not finite at step {run['step']} or shortly before; the last checkpoint: "
@@ -788,7 +789,7 @@ def log_row(cfg, run, recent, seconds, c, lr):
     if run["moments"]:
         align = -run["moments"]["reward"][0][1]              # VRPO's own mean is 0: REPA's loss instead
     moved, ess = fpo.weight_moved(c)
-    speed = cfg.batch * len(recent) / seconds
+    speed = cfg.batch * len(recent) / (time.time() - since)              # the GPU is done by now
     row = loss, align, norm, moved, ess / len(c), lr, speed
     run["log"] += [f"{run['step']}," + ",".join(f"{value:.6g}" for value in row)]
     if RANK == 0:
@@ -844,7 +845,7 @@ def start_processes(strict):
         # TF32 makes products of float32 several times faster, at 10 bits
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
     if WORLD > 1:
-        dist.init_process_group(timeout=datetime.timedelta(days=1))      # NCCL for GPUs, gloo for CPUs
+        dist.init_process_group(timeout=datetime.timedelta(days=1))      # NCCL between GPUs, gloo on CPUs
     return device
 
 
@@ -882,7 +883,7 @@ class Stop:
     A second one ends at once. After the with statement both mean again what they meant before."""
 
     def __enter__(self):
-        self.signal = torch.zeros(1, dtype=torch.long)
+        self.signal = self.agreed = 0
         numbers = signal.SIGINT, signal.SIGTERM
         self.before = {number: signal.signal(number, self.remember) for number in numbers}
         return self
@@ -892,14 +893,13 @@ class Stop:
             signal.signal(number, handler)
 
     def remember(self, number, frame):
-        self.signal.fill_(number)
+        self.signal = number
         self.__exit__()
 
-    def anywhere(self):
-        """The signal that any process got, or 0."""
-        if WORLD > 1:
-            dist.all_reduce(self.signal, dist.ReduceOp.MAX)  # between the CPUs
-        return self.signal.item()
+    def anywhere(self, device="cpu"):
+        """The signal that any process has got by now, or 0: the same answer in all of them."""
+        self.agreed = gather(torch.tensor([self.signal], device=device)).max().item()
+        return self.agreed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -965,19 +965,19 @@ def main(argv=None):
     cfg = parse_flags(Config, CHOICES, LOWEST, HIGHEST, argv, __doc__)
     if cfg.data == Config.data:
         from data import font_digits
-        font_digits.ensure()
+        cfg.data = str(font_digits.ensure())
     try:
         with Stop() as stop:
             train(cfg, stop)
-        end = "stopped; the same command goes on from" if stop.signal else "done:"
+        end = "stopped; the same command goes on from" if stop.agreed else "done:"
         say(f"{end} {newest_checkpoint(cfg.out)}")
     except Refused as error:
         fail(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if stop.signal:
-        sys.exit(128 + stop.signal.item())
+    if stop.agreed:
+        sys.exit(128 + stop.agreed)
 
 
 if __name__ == "__main__":

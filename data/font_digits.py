@@ -161,7 +161,8 @@ def make(folder, n=20_000, seed=0):
     np.save(folder / "features.npy", features.to(torch.int8))
     np.save(folder / "cls.npy", cls.half())
     torch.save(judge.state_dict(), folder / "judge.pt")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "draft").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "draft").rename(folder / "meta.json")          # what other processes wait for
 
 
 def ensure(folder=FOLDER):

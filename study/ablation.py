@@ -1,7 +1,9 @@
 """What each part of the method does on the digits, and three open questions. README.md has the results.
 
-    python study/ablation.py                # trains what ablation.csv lacks, then draws: 3 hours on two cores
+    python study/ablation.py                # trains what ablation.csv lacks, then draws
     python study/ablation.py --draw         # the tables and figures from the csv files alone: seconds
+    python study/ablation.py --speed        # writes ablation_speed.csv: 15 minutes of one core
+    python study/between.py                 # writes between.csv: 20 minutes of one core
     python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
 
 All runs of a group share their seeds: the order of the data, the noise, u and, except for plain SiT, which
@@ -106,7 +108,8 @@ BATCH = {
     "REPA, N = 256": f"{REPA} --batch 256",
     "FPO, N = 256": f"{FPO} --batch 256",
 }
-# Two of the open questions: does FPO help where few samples compete, and which end of t does it pay to spare?
+# Two of the open questions: does FPO help where few samples compete, and at which end of t does it pay to
+# draw fewer samples?
 PARTS = {"both": FPO, "velocity": VELOCITY, "alignment": f"{FPO} --policy uniform"}
 QUESTIONS = {
     "REPA": REPA,
@@ -114,10 +117,10 @@ QUESTIONS = {
     "fewer at the data": f"{NO_FPO} --timesteps fewer_at_data",
     "fewer at the noise": f"{NO_FPO} --timesteps fewer_at_noise",
 }
-COMPETING = 128, 32, 16, 8                   # samples that are ranked together, of a batch of 128
+SIZES_OF_GROUPS = 128, 32, 16, 8             # of a batch of 128; the alignment loss ranks a tenth of each
 for part, flags in PARTS.items():
-    for size in COMPETING:
-        QUESTIONS[f"FPO {part}, {size} compete"] = f"{flags} --group {size}"
+    for size in SIZES_OF_GROUPS:
+        QUESTIONS[f"FPO {part}, groups of {size}"] = f"{flags} --group {size}"
 # Which output, and where is its error measured? Pixels in one wide patch, 256 numbers into a width of 64.
 train_sit.MODELS["micro/16"] = dict(train_sit.MODELS["micro"], patch=16)
 PAIRS = {f"{output}, loss in {place}": f"--predict {output} --loss {place}"
@@ -268,6 +271,7 @@ def measure_speed(rounds=3, steps=80):
 # Student's t, 97.5 %, for so many seeds
 QUANTILE = dict(zip(range(2, 11), [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]))
 GAPS = {"loss": "velocity loss, %", "frechet": "Fréchet distance", "accuracy": "judge accuracy, points"}
+GAPS_AND_COSINE = GAPS | {"cosine": "cosine"}
 
 
 class Table:
@@ -286,11 +290,11 @@ class Table:
     def values(self, *which):
         return np.array(list(self.seeds(*which).values()))
 
-    def gap(self, group, name, base, measure):
-        """Mean and 95 % half width of the paired difference name - base, the loss in % of the base's."""
-        a, b = self.seeds(group, name, measure), self.seeds(group, base, measure)
+    def gap(self, group, name, base, measure, step=None):
+        """Mean and 95 % half width of the paired difference name - base, a loss in % of the base's."""
+        a, b = self.seeds(group, name, measure, step), self.seeds(group, base, measure, step)
         a, b = np.array([(a[seed], b[seed]) for seed in a if seed in b]).T
-        gaps = 100 * (a / b - 1) if measure == "loss" else a - b
+        gaps = 100 * (a / b - 1) if measure.startswith("loss") else a - b
         return gaps.mean(), QUANTILE[len(gaps)] * gaps.std(ddof=1) / len(gaps) ** 0.5
 
 
@@ -341,7 +345,7 @@ def images_per_second():
 def print_answer(table):
     """What to switch on: the rule of README.md, in one table."""
     print("\nwhat to switch on, batch 64, 1,400 steps: paired difference ± 95 %")
-    rows = [["", *GAPS.values(), "samples", "time of a step", "seeds"]]
+    rows = [["", *GAPS.values(), "samples", "time of a step, ratio", "seeds"]]
     speeds = images_per_second()
     for name in finished(table, "switches")[1:]:
         base = BASE.get(name, "REPA")
@@ -358,32 +362,42 @@ def print_answer(table):
 def print_questions(table):
     """Which of two guesses holds? Both in the small network, 600 steps."""
     print("\ntwo questions, --model micro, 600 steps: paired difference ± 95 % from REPA")
-    which = {**GAPS, "cosine": "cosine"}
-    rows = [["", "moved, %", *which.values()]]
+    rows = [["", "moved in the velocity loss, %", *GAPS_AND_COSINE.values()]]
     for name in finished(table, "questions")[1:]:
         moved = table.values("questions", name, "moved").mean()
-        rows += [[name, f"{moved:.2f}", *gap_cells(table, ("questions", name, "REPA"), which)]]
+        rows += [[name, f"{moved:.2f}", *gap_cells(table, ("questions", name, "REPA"), GAPS_AND_COSINE)]]
     toy2d.print_table(rows)
 
 
-def between_ratios():
-    """(data set, density of t) -> distances over those of uniform t: mean, low, high end of 95 % (3,)."""
+def between_distances():
+    """(data set, density of t, step) -> distances (S,); density "none", step 0: of the data themselves."""
     far = collections.defaultdict(list)
     for row in read(between.TABLE):
-        far[row["data"], row["density"]] += [float(row["distance"])]
-    far = {key: torch.tensor(values).log() for key, values in far.items()}
-    return {(data, density): toy2d.interval(values - far[data, "uniform"]).exp()
-            for (data, density), values in far.items() if density != "uniform"}
+        far[row["data"], row["density"], int(row["step"])] += [float(row["distance"])]
+    return {key: torch.tensor(values) for key, values in far.items()}
+
+
+def between_ratios():
+    """data set -> density of t, step -> distances over those of uniform t: mean, low, high of 95 % (3,)."""
+    far, ratios = between_distances(), collections.defaultdict(dict)
+    for (data, density, step), values in far.items():
+        if density not in ("none", "uniform"):
+            ratios[data][density, step] = toy2d.interval((values / far[data, "uniform", step]).log()).exp()
+    return ratios
 
 
 def print_between():
-    print("\nbetween two dimensions and the digits: distance of the samples, ratio to uniform t [95 %]")
-    ratios = between_ratios()
-    densities = list(between.DENSITIES)[1:]
-    rows = [["", *densities]]
-    for data in dict.fromkeys(data for data, _ in ratios):
-        cells = [ratios[data, density].tolist() for density in densities]
-        rows += [[data, *(f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in cells)]]
+    last = between.STOPS[-1]
+    print(f"\nbetween two dimensions and the digits, {last} steps: distance from held-out data; "
+          "ratio to uniform t [95 %]")
+    far, (_, *densities) = between_distances(), between.DENSITIES
+    columns = [(density, last) for density in densities] + [("logit-normal", step) for step in between.STOPS[:-1]]
+    rows = [["", "of data", "uniform", *densities, *(f"logit-normal, {step}" for step in between.STOPS[:-1])]]
+    for data, ratios in between_ratios().items():
+        ends = [far[data, "none", 0], far[data, "uniform", last]]
+        cells = [ratios[column].tolist() for column in columns]
+        rows += [[data, *(f"{end.mean():.4f}" for end in ends),
+                  *(f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in cells)]]
     toy2d.print_table(rows)
 
 
@@ -454,10 +468,10 @@ def log_scale(ax, which, ticks):
     ax.minorticks_off()
 
 
-def forest(axes, table, names):
-    """Paired differences from REPA in the grid, a panel for each measure; the better side is shaded."""
+def forest(axes, table, names, group="grid"):
+    """Paired differences from REPA, a panel for each measure; the better side is shaded."""
     for ax, (measure, title) in zip(axes, GAPS.items()):
-        mean, half = zip(*(table.gap("grid", name, "REPA", measure) for name in names))
+        mean, half = zip(*(table.gap(group, name, "REPA", measure) for name in names))
         ax.errorbar(mean, range(len(names)), xerr=half, fmt="o", ms=3, color="C0", lw=1)
         low, high = ax.get_xlim()
         better = (0, max(high, 0)) if measure == "accuracy" else (min(low, 0), 0)
@@ -521,64 +535,56 @@ def draw_batches(table):
     return fig
 
 
-def draw_questions(table):
+def draw_groups(table):
     """FPO where few compete: whole batch, groups of 32, 16, 8; for either loss, and both."""
     title = "FPO at β = 2 where few samples compete: minus REPA, 95 % intervals"
     fig, (left, *right) = figure(title, 11, 2.8, ncols=5)
-    left.plot(COMPETING, [200 / (n + 2) for n in COMPETING], "k:", label="β / (n + β)")
+    moved = [table.values("questions", f"FPO velocity, groups of {size}", "moved").mean()
+             for size in SIZES_OF_GROUPS]
+    left.plot(SIZES_OF_GROUPS, [200 / (n + 2) for n in SIZES_OF_GROUPS], "k:", label="β / (n + β)")
+    left.plot(SIZES_OF_GROUPS, moved, "C1o-", ms=3, label="measured")
+    left.set_title("weight moved in the velocity loss, %")
+    left.legend()
+    log_scale(left, "y", (1, 2, 5, 10, 20))
     for k, part in enumerate(PARTS):
-        names = [f"FPO {part}, {size} compete" for size in COMPETING]
-        if part == "velocity":
-            moved = [table.values("questions", name, "moved").mean() for name in names]
-            left.plot(COMPETING, moved, f"C{k}o-", ms=3, label="measured, velocity")
-        for ax, (measure, title) in zip(right, {**GAPS, "cosine": "cosine"}.items()):
+        names = [f"FPO {part}, groups of {size}" for size in SIZES_OF_GROUPS]
+        beside = np.array(SIZES_OF_GROUPS) * 1.12 ** (k - 1)
+        for ax, (measure, title) in zip(right, GAPS_AND_COSINE.items()):
             mean, half = zip(*(table.gap("questions", name, "REPA", measure) for name in names))
-            beside = np.array(COMPETING) * 1.12 ** (k - 1)
             ax.errorbar(beside, mean, half, fmt=f"C{k}o", ms=3, lw=1, label=part)
             ax.set_title(title)
-    left.set_title("gradient weight moved by FPO, %")
-    log_scale(left, "y", (0.5, 1, 2, 5, 10, 20))
     for ax in (left, *right):
-        log_scale(ax, "x", COMPETING[::-1])
-        ax.set_xlabel("samples that are ranked together")
+        log_scale(ax, "x", SIZES_OF_GROUPS)
+        ax.set_xlabel("samples in a group")
     for ax in right:
         ax.axhline(0, color="k", lw=0.8)
-    left.legend()
     right[0].legend()
     return fig
 
 
 def draw_ends(table):
-    """Logit-normal t: what it does to the loss at each t, and each of its two ends alone."""
-    title = "Logit-normal t against uniform t: the digits, each end alone, and fewer dimensions"
-    fig, (left, middle, right) = figure(title, 11, 3.2, ncols=3, width_ratios=(1, 1, 1.3))
+    """Logit-normal t: what it does to the loss at each t, each of its ends alone, and fewer dimensions."""
+    title = "Logit-normal t against uniform t, 95 % intervals"
+    fig, (left, *middle, right) = figure(title, 12, 3.2, ncols=5, width_ratios=(1.3, 0.7, 0.7, 0.7, 1.5))
     t = (np.arange(10) + 0.5) / 10
     for k, step in enumerate(STEPS):
-        uniform, normal = (np.stack([table.values("switches", name, tenth, step) for tenth in TENTHS])
-                           for name in ("REPA", "REPA + logit-normal"))
-        n = min(uniform.shape[1], normal.shape[1])
-        gap = 100 * (normal[:, :n] / uniform[:, :n] - 1)
-        left.errorbar(t, gap.mean(1), QUANTILE[n] * gap.std(1, ddof=1) / n ** 0.5, fmt=f"C{k}o-", ms=3, lw=1,
-                      label=f"{step} steps")
+        gaps = [table.gap("switches", "REPA + logit-normal", "REPA", tenth, step) for tenth in TENTHS]
+        mean, half = zip(*gaps)
+        left.errorbar(t, mean, half, fmt=f"C{k}o-", ms=3, lw=1, label=f"{step} steps")
     left.axhline(0, color="k", lw=0.8)
-    left.set(xlabel="t", title="digits, tiny: velocity loss, % of uniform's")
+    left.set(xlabel="t", title="digits, tiny: velocity loss, minus uniform's, %")
     left.legend()
-    names = list(QUESTIONS)[1:4]
-    for k, (measure, title) in enumerate(GAPS.items()):
-        mean, half = zip(*(table.gap("questions", name, "REPA", measure) for name in names))
-        middle.errorbar(mean, np.arange(3) + 0.2 * (k - 1), xerr=half, fmt=f"C{k}o", ms=3, lw=1, label=title)
-    middle.axvline(0, color="k", lw=0.8)
-    middle.set(yticks=range(3), yticklabels=names, ylim=(2.6, -0.6), title="digits, micro: minus uniform")
-    middle.legend()
-    ratios = between_ratios()
-    sets = list(dict.fromkeys(data for data, _ in ratios))
-    for k, density in enumerate(list(between.DENSITIES)[1:]):
-        mean, low, high = torch.stack([ratios[data, density] for data in sets], 1).numpy()
-        right.errorbar(np.arange(len(sets)) + 0.15 * (k - 1), mean, (mean - low, high - mean), fmt=f"C{k}o",
-                       ms=3, lw=1, label=density)
+    forest(middle, table, list(QUESTIONS)[1:4], "questions")
+    ratios, (_, *densities) = between_ratios(), between.DENSITIES
+    columns = [("logit-normal", step) for step in between.STOPS] + [(d, between.STOPS[-1]) for d in densities[1:]]
+    for k, column in enumerate(columns):
+        mean, low, high = torch.stack([of_data[column] for of_data in ratios.values()], 1).numpy()
+        beside = np.arange(len(ratios)) + 0.12 * (k - 2)
+        right.errorbar(beside, mean, (mean - low, high - mean), fmt=f"C{k}o", ms=3, lw=1,
+                       label=f"{column[0]}, {column[1]} steps")
     right.axhline(1, color="k", lw=0.8)
-    right.set(xticks=range(len(sets)), title="small networks: distance of the samples, ratio to uniform")
-    right.set_xticklabels([data.replace(", ", "\n") for data in sets])
+    right.set(xticks=range(len(ratios)), title="MLP: distance of the samples, ratio to uniform")
+    right.set_xticklabels([data.replace(", ", "\n") for data in ratios], fontsize="small")
     right.legend()
     return fig
 
@@ -589,13 +595,12 @@ def draw_clock(table):
     fig, axes = figure("Quality against time, not steps: means over the seeds", 10, 3.6, ncols=3)
     for k, name in enumerate(names):
         minutes = 64 * np.array(STEPS) / np.median(speeds[name]) / 60
-        for ax, (measure, title) in zip(axes, {m: MEASURES[m] for m in GAPS}.items()):
+        line = "o-" if k < 10 else "s--"
+        for ax, measure in zip(axes, GAPS):
             values = [table.values("switches", name, measure, step).mean() for step in STEPS]
-            line = "o-" if k < 10 else "s--"
             ax.plot(minutes, values, line, color=f"C{k % 10}", ms=3, lw=1, label=name)
-            ax.set(title=title[0], xlabel="minutes of training on one core")
-    axes[1].set(yscale="log", yticks=(1, 2, 5, 10), yticklabels=(1, 2, 5, 10))
-    axes[1].minorticks_off()
+            ax.set(title=MEASURES[measure][0], xlabel="minutes of training on one core")
+    log_scale(axes[1], "y", (1, 2, 5, 10))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     return fig
 
@@ -632,7 +637,7 @@ def draw(folder):
     print_pairs(table)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"": draw_steps, "_fpo": draw_shares, "_batch": draw_batches, "_vr": draw_densities,
-               "_groups": draw_questions, "_ends": draw_ends, "_clock": draw_clock}
+               "_groups": draw_groups, "_ends": draw_ends, "_clock": draw_clock}
     for name, draw_figure in figures.items():
         draw_figure(table).savefig(folder / f"ablation{name}.png", dpi=100)
 

@@ -1,6 +1,6 @@
 """Why do logit-normal timesteps help on the digits and harm in two dimensions? What lies in between.
 
-    python study/between.py         # writes between.csv; ablation.py --draw draws it: 20 minutes of one core
+    python study/between.py         # writes between.csv for ablation.py --draw: 20 minutes of one core
 
 The digits are projected on their first k principal components, with toy2d.py's two data sets beside them.
 On each set one kind of network learns by four densities of t: uniform, logit-normal (m = 0), and two that are
@@ -17,7 +17,8 @@ import toy2d
 from data import font_digits
 
 TABLE = Path(__file__).resolve().parent / "between.csv"
-SEEDS, STEPS, RATE, WIDTH = range(6), 1000, 2e-3, 256
+SEEDS, RATE, WIDTH = range(6), 2e-3, 256
+STOPS = 100, 300, 1000                       # steps of training after which is measured
 SAMPLES, HELD_OUT = 4096, 8192
 DENSITIES = {                                # the median of t is 1/2 in all four
     "uniform": lambda u: u,
@@ -46,23 +47,23 @@ class Digits:
 def data_sets():
     sets = toy2d.data_sets()
     for data in sets.values():
-        data.held_out = data.sample(HELD_OUT, toy2d.seeded(5))
+        data.held_out = data.sample(8 * HELD_OUT, toy2d.seeded(5))
     return sets | {f"digits, k = {k}": Digits(k) for k in (2, 8, 32, 128)}
 
 
 def distance(x, y):
-    """Mean over 64 directions of the 1D Wasserstein distance: x (S, n, k), y (2 n, k) -> (S,)."""
+    """Mean over 64 directions of the 1D Wasserstein distance: x (S, n, k), y (m, k), n divides m -> (S,)."""
     theta = torch.randn(x.shape[-1], 64, generator=toy2d.seeded(6))
     theta = theta / theta.norm(dim=0)
     x = (x @ theta).sort(1)[0]
-    y = (y @ theta).sort(0)[0].unflatten(0, (-1, 2)).mean(1)             # as many quantiles as x has
+    y = (y @ theta).sort(0)[0].unflatten(0, (x.shape[1], -1)).mean(1)    # as many quantiles as x has
     return (x - y).abs().mean((1, 2))
 
 
 @torch.no_grad()
 def losses(params, data):
     """Velocity loss of held-out data in each tenth of t: (S, 10)."""
-    x, g = data.held_out, toy2d.seeded(7)
+    x, g = data.held_out[:HELD_OUT], toy2d.seeded(7)
     t = (torch.arange(len(x)) + 0.5) / len(x)
     x_t, v = fpo.interpolate(x[torch.randperm(len(x), generator=g)], torch.randn(x.shape, generator=g), t)
     S = len(params[0])
@@ -72,7 +73,8 @@ def losses(params, data):
 
 
 def learn(data, timesteps):
-    """Trains a network for every seed: distance of its samples from held-out data (S,), losses (S, 10)."""
+    """Trains a network for every seed. Yields at STOPS the distance of its samples from held-out data (S,), and
+    its losses (S, 10)."""
     k = data.held_out.shape[1]
 
     def loss(params, x, eps, u):
@@ -80,24 +82,34 @@ def learn(data, timesteps):
         x_t, v = fpo.interpolate(x, eps, t)
         return (toy2d.forward(params, x_t, t) - v).square().mean((1, 2))
 
-    nets = toy2d.new_nets(SEEDS, (5 * k + 8, WIDTH, WIDTH, WIDTH, k))
-    stream = toy2d.batches(data, SEEDS, block=10)
-    *_, (_, params) = toy2d.fit(nets, stream, loss, STEPS, rate=RATE)
     u = torch.quasirandom.SobolEngine(k, True, 8).draw(SAMPLES)
     z = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).expand(len(SEEDS), -1, -1)
-    with torch.no_grad():
-        x = fpo.heun(lambda x, t: toy2d.forward(params, x, t), z, 25)
-    return distance(x, data.held_out), losses(params, data)
+    nets = toy2d.new_nets(SEEDS, (5 * k + 8, WIDTH, WIDTH, WIDTH, k))
+    stream = toy2d.batches(data, SEEDS, block=10)
+    for step, (_, params) in enumerate(toy2d.fit(nets, stream, loss, STOPS[-1], rate=RATE), 1):
+        if step in STOPS:
+            with torch.no_grad():
+                x = fpo.heun(lambda x, t: toy2d.forward(params, x, t), z, 25)
+            yield step, distance(x, data.held_out), losses(params, data)
+
+
+def floor(data):
+    """What the data themselves get as samples: distances (S,), which no training can beat by much."""
+    x = torch.stack([data.sample(SAMPLES, toy2d.seeded(9 + seed)) for seed in SEEDS])
+    return distance(x, data.held_out)
 
 
 def main():
     with open(TABLE, "w") as file:
-        file.write("data,density,seed,distance," + ",".join(f"loss_t{k}" for k in range(10)) + "\n")
+        file.write("data,density,seed,step,distance," + ",".join(f"loss_t{k}" for k in range(10)) + "\n")
         for name, data in data_sets().items():
+            for seed, far in zip(SEEDS, floor(data)):
+                file.write(f'"{name}",none,{seed},0,{far:.6g}' + 10 * "," + "\n")
             for density, timesteps in DENSITIES.items():
-                far, L = learn(data, timesteps)
-                for seed, row in zip(SEEDS, torch.cat([far[:, None], L], 1).tolist()):
-                    file.write(f'"{name}",{density},{seed},' + ",".join(f"{v:.6g}" for v in row) + "\n")
+                for step, far, L in learn(data, timesteps):
+                    for seed, row in zip(SEEDS, torch.cat([far[:, None], L], 1).tolist()):
+                        numbers = ",".join(f"{value:.6g}" for value in row)
+                        file.write(f'"{name}",{density},{seed},{step},{numbers}\n')
                 file.flush()
                 print(f"{name}, {density}: distance {far.mean():.4f}, loss {L.mean():.4f}", flush=True)
 

@@ -2,9 +2,10 @@
 
     python study/wide.py                # a table, and wide.png: 2 minutes of one core
 
-Monte Carlo on M points sees how far apart the points are. The oracle is the closed form, exact for Gaussian
-data: white noise, and fields with the power spectrum |f|^-2 of natural images, by their Fourier coefficients, which
-are independent. The digits stand beside them. Real latents are neither Gaussian nor as steep."""
+At small t a noisy point still tells which of the M points it came from, and Monte Carlo finds no variance
+there. The oracle is the closed form, exact for Gaussian data: white noise, and fields with the power spectrum
+|f|^-2 of natural images, by their Fourier coefficients, which are independent. The digits stand beside them.
+Real latents are neither Gaussian nor as steep."""
 import sys
 from pathlib import Path
 
