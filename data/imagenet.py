@@ -4,7 +4,8 @@
     python data/imagenet.py --images REPA_OR_FASTDIT_FOLDER --out LATENTS               # repack
 
 A stopped run goes on where it was, with any number of processes on one machine. The folder:
-    latents.npy   (N, 8, H, W) float32   mean and deviation of the VAE's posterior; pixels (N, 3, H, W) uint8
+    latents.npy   (N, 8, H, W) float32   mean and standard deviation of the VAE's posterior, or
+                  (N, 4, H, W) float32   latents of fast-DiT, or (N, 3, H, W) uint8 pixels
     labels.npy    (N,) int64             place among the sorted names of the class folders
     features.npy  (N, T, D) int8         encoder tokens, each token's largest entry being 127
     cls.npy       (N, D) float16         the encoder's class token as it is, for REG

@@ -2,7 +2,7 @@
 
     python study/ablation.py                # trains what ablation.csv lacks, then draws
     python study/ablation.py --draw         # the tables and figures from the csv files alone: seconds
-    python study/ablation.py --speed        # writes ablation_speed.csv: 15 minutes of one core
+    python study/ablation.py --speed        # writes ablation_speed.csv: 8 minutes of one core
     python study/between.py                 # writes between.csv: 20 minutes of one core
     python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
 
@@ -252,13 +252,14 @@ def study(at_once):
     write(DENSITIES, rows, "w")
 
 
-def measure_speed(rounds=3, steps=80):
+def measure_speed(rounds=8, steps=20):
     """Images per second of every switch on one core, by turns; the first half of the steps does not count."""
+    torch.set_num_threads(1)
     rows = [["name", "round", "images_per_s"]]
     for k in range(rounds):
         for name, flags in SWITCHES.items():
             with tempfile.TemporaryDirectory() as out:
-                on_one_core(f"{NOW} {flags} --steps {steps} --log_every {steps // 2}", out)
+                train(f"{NOW} {flags} --steps {steps} --log_every {steps // 2} --out {out}".split())
                 *_, last = read(Path(out, "log.csv"))
             rows += [[name, k, last["images_per_s"]]]
             print(*rows[-1], flush=True)
@@ -351,8 +352,8 @@ def print_answer(table):
         base = BASE.get(name, "REPA")
         mean, half = table.gap("switches", name, base, "frechet")
         verdict = "no effect seen" if abs(mean) <= half else "helps" if mean < 0 else "harms"
-        ratio = speeds[base] / speeds[name]
-        time = f"{np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
+        ratio = toy2d.interval(torch.from_numpy(speeds[base] / speeds[name]).log()).exp()
+        time = "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
         seeds = len(table.values("switches", name, "loss"))
         cells = gap_cells(table, ("switches", name, base), GAPS)
         rows += [[f"{name} vs {base}", *cells, verdict, time, str(seeds)]]
@@ -369,20 +370,21 @@ def print_questions(table):
     toy2d.print_table(rows)
 
 
-def between_distances():
-    """(data set, density of t, step) -> distances (S,); density "none", step 0: of the data themselves."""
-    far = collections.defaultdict(list)
-    for row in read(between.TABLE):
-        far[row["data"], row["density"], int(row["step"])] += [float(row["distance"])]
-    return {key: torch.tensor(values) for key, values in far.items()}
+def between_values(data, density, step, columns):
+    """Columns of between.csv for a data set, density of t and step: (S, columns)."""
+    which = {"data": data, "density": density, "step": str(step)}
+    rows = [row for row in read(between.TABLE) if which.items() <= row.items()]
+    return torch.tensor([[float(row[column]) for column in columns] for row in rows])
 
 
 def between_ratios():
     """data set -> density of t, step -> distances over those of uniform t: mean, low, high of 95 % (3,)."""
-    far, ratios = between_distances(), collections.defaultdict(dict)
-    for (data, density, step), values in far.items():
-        if density not in ("none", "uniform"):
-            ratios[data][density, step] = toy2d.interval((values / far[data, "uniform", step]).log()).exp()
+    ratios = collections.defaultdict(dict)
+    for data in dict.fromkeys(row["data"] for row in read(between.TABLE)):
+        for density in list(between.DENSITIES)[1:]:
+            for step in between.STOPS:
+                a, b = (between_values(data, name, step, ["distance"]) for name in (density, "uniform"))
+                ratios[data][density, step] = toy2d.interval((a / b).log()).exp()[:, 0]
     return ratios
 
 
@@ -390,11 +392,11 @@ def print_between():
     last = between.STOPS[-1]
     print(f"\nbetween two dimensions and the digits, {last} steps: distance from held-out data; "
           "ratio to uniform t [95 %]")
-    far, (_, *densities) = between_distances(), between.DENSITIES
-    columns = [(density, last) for density in densities] + [("logit-normal", step) for step in between.STOPS[:-1]]
-    rows = [["", "of data", "uniform", *densities, *(f"logit-normal, {step}" for step in between.STOPS[:-1])]]
+    (_, *densities), earlier = between.DENSITIES, between.STOPS[:-1]
+    columns = [(density, last) for density in densities] + [("logit-normal", step) for step in earlier]
+    rows = [["", "of data", "uniform", *densities, *(f"logit-normal, {step}" for step in earlier)]]
     for data, ratios in between_ratios().items():
-        ends = [far[data, "none", 0], far[data, "uniform", last]]
+        ends = [between_values(data, *which, ["distance"]) for which in (("none", 0), ("uniform", last))]
         cells = [ratios[column].tolist() for column in columns]
         rows += [[data, *(f"{end.mean():.4f}" for end in ends),
                   *(f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in cells)]]
@@ -564,28 +566,35 @@ def draw_groups(table):
 
 def draw_ends(table):
     """Logit-normal t: what it does to the loss at each t, each of its ends alone, and fewer dimensions."""
-    title = "Logit-normal t against uniform t, 95 % intervals"
-    fig, (left, *middle, right) = figure(title, 12, 3.2, ncols=5, width_ratios=(1.3, 0.7, 0.7, 0.7, 1.5))
+    title = "Logit-normal t minus uniform t, 95 % intervals"
+    fig, (left, second, *middle, right) = figure(title, 13.5, 3.2, ncols=6,
+                                                 width_ratios=(1.2, 1.2, 0.6, 0.6, 0.6, 1.3))
     t = (np.arange(10) + 0.5) / 10
     for k, step in enumerate(STEPS):
         gaps = [table.gap("switches", "REPA + logit-normal", "REPA", tenth, step) for tenth in TENTHS]
         mean, half = zip(*gaps)
         left.errorbar(t, mean, half, fmt=f"C{k}o-", ms=3, lw=1, label=f"{step} steps")
-    left.axhline(0, color="k", lw=0.8)
-    left.set(xlabel="t", title="digits, tiny: velocity loss, minus uniform's, %")
-    left.legend()
+    left.set_title("SiT, digits: velocity loss, %")
+    ratios, (_, *densities), last = between_ratios(), between.DENSITIES, between.STOPS[-1]
+    for k, data in enumerate(("8 Gaussians", "checkerboard", "digits, k = 32", "digits, k = 128")):
+        normal = between_values(data, "logit-normal", last, TENTHS)
+        uniform = between_values(data, "uniform", last, TENTHS)
+        mean, low, high = toy2d.interval(100 * (normal / uniform - 1)).numpy()
+        second.errorbar(t, mean, (mean - low, high - mean), fmt=f"C{k}o-", ms=3, lw=1, label=data)
+    second.set_title(f"MLP, {last} steps: velocity loss, %")
     forest(middle, table, list(QUESTIONS)[1:4], "questions")
-    ratios, (_, *densities) = between_ratios(), between.DENSITIES
-    columns = [("logit-normal", step) for step in between.STOPS] + [(d, between.STOPS[-1]) for d in densities[1:]]
-    for k, column in enumerate(columns):
-        mean, low, high = torch.stack([of_data[column] for of_data in ratios.values()], 1).numpy()
-        beside = np.arange(len(ratios)) + 0.12 * (k - 2)
-        right.errorbar(beside, mean, (mean - low, high - mean), fmt=f"C{k}o", ms=3, lw=1,
-                       label=f"{column[0]}, {column[1]} steps")
+    for k, density in enumerate(densities):
+        mean, low, high = torch.stack([of_data[density, last] for of_data in ratios.values()], 1).numpy()
+        beside = np.arange(len(ratios)) + 0.15 * (k - 1)
+        right.errorbar(beside, mean, (mean - low, high - mean), fmt=f"C{k}o", ms=3, lw=1, label=density)
+    right.set(xticks=range(len(ratios)), ylim=(0.6, 2.1), title="MLP: distance of the samples, ratio")
+    right.set_xticklabels(ratios, rotation=30, ha="right")
     right.axhline(1, color="k", lw=0.8)
-    right.set(xticks=range(len(ratios)), title="MLP: distance of the samples, ratio to uniform")
-    right.set_xticklabels([data.replace(", ", "\n") for data in ratios], fontsize="small")
-    right.legend()
+    for ax in (left, second):
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_xlabel("t")
+    for ax in (left, second, right):
+        ax.legend()
     return fig
 
 
@@ -652,6 +661,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the figures (default: study)")
     args = parser.parse_args()
     if args.speed:
+        train_sit.write_pictures = train_sit.save_checkpoint = lambda *_, **more: None
         return measure_speed()
     if not args.draw:
         study(args.jobs)

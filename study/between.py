@@ -73,8 +73,8 @@ def losses(params, data):
 
 
 def learn(data, timesteps):
-    """Trains a network for every seed. Yields at STOPS the distance of its samples from held-out data (S,), and
-    its losses (S, 10)."""
+    """Trains a network for every seed. Yields at STOPS the distance of its samples from held-out data (S,),
+    and its losses (S, 10)."""
     k = data.held_out.shape[1]
 
     def loss(params, x, eps, u):
