@@ -28,7 +28,7 @@ CUDA = torch.cuda.is_available()
 def make_synthetic(folder, N):
     random = np.random.RandomState(0)
     latents = random.randn(N, 8, 32, 32).astype(np.float32)
-    latents[:, 4:] = 0.05                                           # the VAE's deviation
+    latents[:, 4:] = 0.05                                           # the VAE's standard deviation
     np.save(folder / "latents.npy", latents)
     np.save(folder / "labels.npy", random.randint(0, 1000, N))
     np.save(folder / "features.npy", random.randint(-127, 128, (N, 256, 768), np.int8))
