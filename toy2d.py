@@ -194,10 +194,13 @@ def train(data, seeds, steps, timesteps=SAME, weights=ONES, path=fpo.linear, ema
 MEASURES = "sliced Wasserstein", "squared velocity error"
 
 
-def sliced_wasserstein(x, y, directions=32):
-    """Mean over directions of the 1D Wasserstein distance: x (S, n, 2), y (m, 2), n divides m -> (S,)."""
-    angle = math.pi * torch.arange(directions) / directions
-    theta = circle(angle).T.to(x)                                       # (2, directions)
+DIRECTIONS = circle(math.pi * torch.arange(32) / 32).T                  # (2, 32)
+
+
+def sliced_wasserstein(x, y, theta=DIRECTIONS):
+    """Mean over directions theta (k, directions) of the 1D Wasserstein distance: x (S, n, k), y (m, k), where
+    n divides m -> (S,)."""
+    theta = theta.to(x)
     x = (x @ theta).sort(1)[0]
     y = (y @ theta).sort(0)[0]
     y = y.unflatten(0, (x.shape[1], -1)).mean(1)                        # as many quantiles as x has

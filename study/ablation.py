@@ -208,19 +208,16 @@ def measured(path, data):
     return numbers + [L[(10 * t).long() == k].mean() for k in range(10)]
 
 
-def on_one_core(flags, out):
-    command = [sys.executable, __file__, "--train", *flags.split(), "--out", str(out)]
-    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_core, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-
-
 def run(group, name, seed, data):
     """Train, or go on, on one core; the rows of its checkpoints."""
     _, common, steps, runs = GROUPS[group]
     out = RUNS / f"{group}-{list(runs).index(name)}-{seed}"
-    on_one_core(f"--no-bf16 {common} {runs[name]} --seed {seed}", out)
+    flags = f"--no-bf16 {common} {runs[name]} --seed {seed}".split()
+    command = [sys.executable, __file__, "--train", *flags, "--out", str(out)]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_core, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     rows = []
     for step in steps:
         numbers = measured(out / f"step-{step:07d}.pt", data)
@@ -370,17 +367,22 @@ def print_questions(table):
     toy2d.print_table(rows)
 
 
+@functools.cache
+def between_rows():
+    return read(between.TABLE)
+
+
 def between_values(data, density, step, columns):
     """Columns of between.csv for a data set, density of t and step: (S, columns)."""
     which = {"data": data, "density": density, "step": str(step)}
-    rows = [row for row in read(between.TABLE) if which.items() <= row.items()]
+    rows = [row for row in between_rows() if which.items() <= row.items()]
     return torch.tensor([[float(row[column]) for column in columns] for row in rows])
 
 
 def between_ratios():
     """data set -> density of t, step -> distances over those of uniform t: mean, low, high of 95 % (3,)."""
     ratios = collections.defaultdict(dict)
-    for data in dict.fromkeys(row["data"] for row in read(between.TABLE)):
+    for data in dict.fromkeys(row["data"] for row in between_rows()):
         for density in list(between.DENSITIES)[1:]:
             for step in between.STOPS:
                 a, b = (between_values(data, name, step, ["distance"]) for name in (density, "uniform"))
