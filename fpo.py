@@ -1,7 +1,7 @@
 """The method, as pure functions on tensors: interpolants, REPA, FPO, VR-sampling, samplers, VRPO.
 
-Every function lifts out alone: torch and its arguments, nothing global. Where one calls a neighbour, its
-docstring says "Needs". Time runs from data to noise: t = 0 is data, t = 1 is noise, everywhere.
+Every function lifts out alone: torch, its arguments, and linear where that is the default path. Where one
+calls another neighbour, its docstring says "Needs". Time runs from data (t = 0) to noise (t = 1), everywhere.
 
     x_t = alpha_t x + sigma_t eps      v_t = alpha'_t x + sigma'_t eps      eps ~ N(0, I)
 
@@ -151,7 +151,7 @@ def fpo_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
 
 
 def fpo_loss(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
-    """J = (1/N) sum w_i L_i [FPO Alg. 2]: (N,) -> scalar. The gradient goes through w too [FPO Thm. 3.3].
+    """J = mean of w_i L_i [FPO Alg. 2]: (N,) -> scalar. The gradient goes through w too [FPO Thm. 3.3].
     Needs fpo_weights, fpo_policy, fpo_check."""
     return (fpo_weights(losses, r, beta, tau, mask) * losses).mean()
 
@@ -170,7 +170,7 @@ def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None, group=0):
         parts = zip(L.split(group), mask.split(group))
         return torch.cat([fpo_gradient_weights(part, r, beta, tau, inside) for part, inside in parts])
     p = fpo_policy(L, r, tau, mask)
-    N = len(L) if mask is None else mask.sum().clamp_min(1)
+    N = len(L) if mask is None else mask.sum().clamp_min(1).to(L)
     advantage = (L - (p * L).sum()) / tau
     c = (1 + beta * p * (1 + advantage)) / (1 + beta / N)
     return c if mask is None else torch.where(mask, c, 1.0)
@@ -280,7 +280,7 @@ def gaussian_posterior_variance(x, snr):
     M, d = x.shape
     gram = x.T @ x if M >= d else x @ x.T                    # the same nonzero eigenvalues
     lam = torch.linalg.eigvalsh(gram / M).clamp_min(0)
-    return (lam / (1 + snr.double()[:, None] ** 2 * lam)).sum(1) / d
+    return (1 / (1 / lam + snr.double()[:, None] ** 2)).sum(1) / d       # 0 at t = 0
 
 
 def vr_density(variance, t, path=linear, uniform=0.1):
@@ -434,7 +434,7 @@ def widened(v, x):
 def noise_like(x, generator=None):
     """N(0, 1) of x's shape (B, ...); generator: None, one, or a list with one for each sample."""
     if isinstance(generator, list):
-        return torch.stack([noise_like(row, g) for row, g in zip(x, generator)])
+        return torch.cat([noise_like(row[None], g) for row, g in zip(x, generator)]).view_as(x)
     device = generator.device if generator else x.device
     return torch.randn(x.shape, generator=generator, device=device).to(x)
 

@@ -5,9 +5,9 @@ r"""Checkpoint in; a picture, an .npz for the ADM evaluator and, with --metrics,
     torchrun --nproc_per_node 8 sample.py --checkpoint XL.pt --vae stabilityai/sd-vae-ft-ema --count 50000 \
         --sampler sde --steps 250 --guidance 1.8 --interval 0 0.7 --amp tf32
 
-Image i depends on the seed and on i alone: neither on the batch size nor on the number of processes. Every
-process saves its parts in OUT/parts, and process 0 joins them; a command that was stopped goes on where it
-was. samples.npz holds arr_0 (N, H, W, 3) uint8, the labels, and every setting they were sampled with.
+Image i depends on the seed and on i alone, neither on the number of processes nor, but for rounding, on the
+batch size. Every process saves its parts in OUT/parts, and process 0 joins them; a command that was stopped
+goes on where it was. samples.npz holds arr_0 (N, H, W, 3) uint8, the labels, and every setting.
 """
 import dataclasses
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import fpo
 import train_sit
@@ -61,6 +62,7 @@ SAMPLERS = {                              # v, noise, flags, path, one generator
 }
 CHOICES = dict(sampler=SAMPLERS, amp=("fp32", "tf32", "bf16"))
 LOWEST = dict(count=1, batch=1, steps=1, tolerance=1e-12, cls_guidance=-1)
+HIGHEST = dict(last=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,7 +90,8 @@ def generate(model, config, cfg, rows, device):
         x = SAMPLERS[cfg.sampler](v, x.to(device), cfg, path, generators, end)
     x, _ = train_sit.split_image(model, x.float())           # REG's class token has done its work
     if not x.isfinite().all():
-        raise Refused(f"images {rows[0]} to {rows[-1]} are not finite: is the checkpoint, or --guidance, bad?")
+        message = f"images {rows[0]} to {rows[-1]} are not finite: is the checkpoint, or --guidance, bad?"
+        raise ArithmeticError(message)                       # said by whichever process finds it
     return x, labels.numpy(), v.nfe
 
 
@@ -106,7 +109,6 @@ def decoded(x, meta, vae):
 
 def draw_parts(model, config, cfg, meta, vae, device, files):
     """Draw those of part 0, 1, ... that are this process's and not there yet, each whole or not at all."""
-    from tqdm import tqdm
     ours = range(RANK, len(files), WORLD)
     for k in tqdm(ours, unit="part", disable=RANK > 0):
         if files[k].exists():
@@ -120,14 +122,13 @@ def draw_parts(model, config, cfg, meta, vae, device, files):
 
 
 def join_parts(files, count):
-    """All parts, once they are there -> images (N, H, W, 3) on the disk, x (N, C, H, W), labels (N,), NFE."""
+    """All parts, once they are there -> images (N, H, W, 3) on the disk, labels (N,), NFE."""
     while not all(file.exists() for file in files):
         time.sleep(1)                                        # the other processes are not done yet
-    images, x, labels, nfe, start = None, [], [], 0, 0
+    images, labels, nfe, start = None, [], 0, 0
     for file in files:
         with np.load(file) as part:                          # closed again: there may be thousands
             pixels = part["arr_0"]
-            x.append(part["x"])
             labels.append(part["labels"])
             nfe = max(nfe, int(part["nfe"]))
         if images is None:
@@ -135,7 +136,7 @@ def join_parts(files, count):
             images = np.lib.format.open_memmap(file.parent / "arr_0.npy", "w+", np.uint8, shape)
         images[start:start + len(pixels)] = pixels
         start += len(pixels)
-    return images, torch.from_numpy(np.concatenate(x)), np.concatenate(labels), nfe
+    return images, np.concatenate(labels), nfe
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -199,9 +200,8 @@ def prepare(cfg):
     if path.is_dir():
         path = train_sit.newest_checkpoint(path) or path / "step-*.pt"
     model, config = train_sit.load_model(path, cfg.ema)
-    last, size = model.num_classes - 1, model.size
-    if not all(0 <= label <= last for label in cfg.classes):
-        raise Refused(f"--classes {cfg.classes}: labels from 0 to {last} are accepted")
+    if not set(cfg.classes) <= set(range(model.num_classes)):
+        raise Refused(f"--classes {cfg.classes}: labels from 0 to {model.num_classes - 1} are accepted")
     if len(cfg.interval) != 2 or not 0 <= cfg.interval[0] <= cfg.interval[1] <= 1:
         raise Refused(f"--interval {cfg.interval}: two numbers in [0, 1], the smaller first, are accepted")
     if not cfg.metrics:
@@ -209,8 +209,9 @@ def prepare(cfg):
     if cfg.count < 10:
         raise Refused(f"--metrics needs --count 10 or more, not {cfg.count}")
     data = Latents(cfg.data)
-    if (data.channels, data.size) != (model.channels, size):
-        raise Refused(f"{cfg.data} has {data.size} x {data.size} latents, the checkpoint {size} x {size}")
+    theirs, ours = (data.channels, data.size), (model.channels, model.size)
+    if theirs != ours:
+        raise Refused(f"channels and side of the latents: {theirs} in {cfg.data}, {ours} in the checkpoint")
     return path, model, config, data
 
 
@@ -250,7 +251,7 @@ def sample(cfg):
     draw_parts(model.to(device), config, cfg, meta, vae, device, files)
     if RANK > 0:
         return
-    images, x, labels, settings["nfe"] = join_parts(files, cfg.count)
+    images, labels, settings["nfe"] = join_parts(files, cfg.count)
     with train_sit.whole(out / "samples.npz") as file:
         np.savez(file, arr_0=images, labels=labels, settings=json.dumps(settings))
     columns = min(10, cfg.count)
@@ -259,15 +260,17 @@ def sample(cfg):
     print(f"wrote {out}/samples.npz: {cfg.count} images, {settings['nfe']} evaluations each, "
           f"{time.time() - started:.0f} s")
     if data:
-        result = measure(data, cfg.data, images, x, labels)
+        x = np.concatenate([np.load(file)["x"] for file in files])
+        result = measure(data, cfg.data, images, torch.from_numpy(x), labels)
         for key, value in result.items():
             print(f"{value:10.4f}  {key}")
-        (out / "metrics.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")
+        result |= dict(data=cfg.data, settings=settings)
+        (out / "metrics.json").write_text(json.dumps(result, indent=1))
     shutil.rmtree(folder)
 
 
 def main(argv=None):
-    cfg = train_sit.parse_flags(Config, CHOICES, LOWEST, {}, argv, __doc__)
+    cfg = train_sit.parse_flags(Config, CHOICES, LOWEST, HIGHEST, argv, __doc__)
     if cfg.metrics and cfg.data == Config.data:
         from data import font_digits
         cfg.data = str(font_digits.ensure())

@@ -172,7 +172,7 @@ def test_theorem_3_3_collapses_to_one_detached_weight_per_sample(r, beta, tau, m
     losses = some_losses().requires_grad_()
     gradient, = torch.autograd.grad(fpo.fpo_loss(losses, r, beta, tau, mask), losses)
     c = fpo.fpo_gradient_weights(losses, r, beta, tau, mask)
-    torch.testing.assert_close(c, 40 * gradient)
+    torch.testing.assert_close(c, 40 * gradient, rtol=1e-12, atol=1e-12)
     assert not c.requires_grad and abs(c.sum().item() - 40) < 1e-6
     assert mask is None or (c[~mask] == 1).all()
 
@@ -567,6 +567,7 @@ def test_monte_carlo_is_at_most_the_gaussian_closed_form_which_is_exact_for_gaus
     assert mc[-1] < 0.2 * gaussian[-1]                                                           # the points have separated
     lam = torch.tensor([1.0, 0.09], dtype=torch.float64)
     torch.testing.assert_close(gaussian, (lam / (1 + snr[:, None] ** 2 * lam)).mean(1), rtol=0.2, atol=0)
+    assert fpo.gaussian_posterior_variance(x[:2].repeat(1, 9), torch.tensor([math.inf])) == 0      # at t = 0, of rank 1
     torch.testing.assert_close(fpo.gaussian_posterior_variance(x[:2].T, snr), fpo.gaussian_posterior_variance(x[:2].T.repeat(9, 1), snr))
 
 
@@ -670,6 +671,8 @@ def test_the_sde_ends_with_the_mean_and_covariance_of_the_data(w, last):
 def test_without_noise_the_sde_sampler_is_euler():
     v, z = lambda x, t: Mixture().velocity(x, t, fpo.linear), torch.randn(5, 2, generator=seeded(26))
     torch.testing.assert_close(fpo.euler_maruyama(v, z, 20, w=0.0, last=0.0), fpo.euler(v, z, 20))
+    with pytest.raises(RuntimeError):                                                            # one noise for all of them
+        fpo.euler_maruyama(v, z, 20, generator=[seeded(0)])
 
 
 def test_guidance_acts_in_its_interval_only_and_computes_nothing_outside():
@@ -1288,7 +1291,7 @@ def test_bad_data_are_refused_in_one_line(folder, tmp_path, says, name, content)
     ("into 1 patches", "--model=SiT-S/8"), ("/nowhere.pt", "--init=/nowhere.pt")])
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, says, flag):
     line = run(training(folder, tmp_path) + [flag])
-    assert isinstance(line, str) and says in line and "\n" not in line and not list(tmp_path.iterdir())
+    assert isinstance(line, str) and says in line and "\n" not in line and not list(tmp_path.glob("[!.]*"))
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path, monkeypatch):
@@ -1929,7 +1932,7 @@ def test_images_that_are_not_finite_are_never_written(trained, tmp_path, sampler
     state = saved(trained)
     state["ema"]["final_layer.linear.bias"].fill_(math.nan)
     torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises((SystemExit, ArithmeticError), match="not finite"):
+    with pytest.raises(ArithmeticError, match="not finite"):
         sample.main(sampling(tmp_path / "nan.pt", tmp_path / "s", sampler=sampler))
     assert not list((tmp_path / "s").rglob("*.npz"))
 
@@ -1979,7 +1982,7 @@ def test_metrics_judge_the_pixels_that_were_written(folder, trained, tmp_path):
 
 
 @pytest.mark.parametrize("says, argv", [
-    ("dopri5", "--sampler=magic"), ("1 to", "--steps=0"), ("0 to 9", "--classes 3 10"), ("0 to", "--guidance=nan"),
+    ("dopri5", "--sampler=magic"), ("1 to", "--steps=0"), ("0 to 9", "--classes 3 10"), ("0 to 9", "--classes 2.7"), ("0 to", "--guidance=nan"),
     ("the smaller first", "--interval 0.7 0.2"), ("/nowhere.pt", "--checkpoint=/nowhere.pt"),
     ("/nowhere", "--metrics --data=/nowhere"), ("--count 10", "--metrics --count=3 --data=."),
     ("pip install diffusers", "--vae=/nowhere")])

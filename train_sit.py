@@ -149,6 +149,7 @@ def train(cfg, stop):
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
                 projector=cfg.projector, bottleneck=cfg.bottleneck, cls_dim=data.cls_dim).to(device)
+    locked = lock(cfg.out)                   # as long as this function runs
     newest = newest_checkpoint(cfg.out)
     if cfg.init and not newest:
         start_from(cfg.init, model, cfg)
@@ -156,7 +157,6 @@ def train(cfg, stop):
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
 
     # Start, or go on with the run in this folder. moments: of VRPO's features and rewards
-    locked = lock(cfg.out)                   # as long as this function runs
     if newest:
         run = resume(newest, device, cfg, model, ema, opt)
     else:
@@ -472,7 +472,8 @@ class Latents:
             self.features = load("features") if features else nothing
             self.cls = load("cls") if cls else nothing
         except (OSError, ValueError) as error:
-            raise Refused(f"{folder}: {error} (--align none needs no features)") from None
+            hint = "; --align none needs no features" if features else ""
+            raise Refused(f"{folder}: {error}{hint}") from None
         self.arrays = self.latents, self.labels, self.features, self.cls
         self.classes, self.moments = self.meta["num_classes"], self.meta.get("moments", False)
         _, channels, self.size, _ = self.latents.shape
@@ -907,7 +908,8 @@ class Stop:
 
 CHOICES = dict(model=MODELS, path=fpo.PATHS, predict=TO_VELOCITY, loss=TO_VELOCITY, timesteps=TIMESTEPS,
                policy=POLICIES, align_policy=ALIGN_POLICIES, align=ALIGN, projector=PROJECTORS)
-LOWEST = dict(log_every=1, sample_every=1, save_every=1, steps=1, batch=1, logit_mean=-100, r=1e-9, tau=1e-9)
+LOWEST = dict(log_every=1, sample_every=1, save_every=1, steps=1, batch=1, logit_mean=-100, logit_std=1e-9,
+              r=1e-9, tau=1e-9)
 HIGHEST = dict(r=1, label_dropout=1, ema=1)
 
 
