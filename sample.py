@@ -278,9 +278,8 @@ def main(argv=None):
         sample(cfg)
     except Refused as error:
         train_sit.fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()         # not after an error, when it would wait for the others
 
 
 if __name__ == "__main__":

@@ -161,11 +161,12 @@ def train(cfg, stop):
         run = resume(newest, device, cfg, model, ema, opt)
     else:
         run = dict(step=0, density=start_density(cfg, data, device), moments={}, log=[])
+    if len(set(gather(torch.tensor([run["step"]], device=device)).tolist())) > 1:
+        raise Refused(f"--out {cfg.out} must be one folder that all processes share")
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         compile_blocks(model)
-    net = model if WORLD == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    net = model if WORLD == 1 else nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     path, first_t = fpo.PATHS[cfg.path], fpo.FIRST_T[cfg.path]
     b = cfg.batch // WORLD
@@ -391,8 +392,8 @@ class SiT(nn.Module):
         if self.cls_dim:
             token = self.wg_norm(self.cls_projectors2(cls))
             h = torch.cat([token[:, None], h], 1)            # (B, 1 + T, D)
-        h = h + self.pos_embed
-        with torch.autocast(x.device.type, enabled=False):   # 16 bits are too few for t
+        h = self.pos_embed + h                               # in this order the sum is contiguous
+        with torch.autocast(x.device.type, enabled=False):   # bfloat16 is too coarse for t
             c = self.t_embedder(time_features(t)) + self.y_embedder(y)   # (B, D)
         for depth, block in enumerate(self.blocks, 1):
             h = checkpoint(block, h, c, use_reentrant=False) if self.checkpointing else block(h, c)
@@ -452,7 +453,8 @@ def read_rows(array, rows):
     with open(array.filename, "rb", buffering=0) as file:
         for row, place in zip(rows, out):
             file.seek(array.offset + int(row) * place.nbytes)
-            file.readinto(place)
+            if file.readinto(place) < place.nbytes:
+                raise OSError(f"{array.filename}: row {row} is cut off")
     return out
 
 
@@ -517,7 +519,7 @@ class Latents:
 
     def describe(self):
         """What the model sees, in one line. A wrong scale, the commonest silent mistake, raises Refused."""
-        x = self.some(2048)
+        x = self.some(256)
         if not 0.5 < x.std() < 2:
             raise Refused(f"the model would see a standard deviation of {x.std():.3g}, and 0.5 to 2 "
                           f"is accepted: is the scale in meta.json, {self.meta['scale']}, wrong?")
@@ -638,7 +640,7 @@ FREE = ("out data init steps log_every sample_every save_every keep_every "     
 @contextlib.contextmanager
 def whole(path):
     """A file to write in: it is at path when all of it is on the disk, and not before."""
-    draft = f"{path}.tmp"
+    draft = Path(path).with_name(f".draft-{RANK}")           # a killed save leaves one, not one for every step
     with open(draft, "wb") as file:
         yield file
         file.flush()
@@ -689,6 +691,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):     # REPA's files hold one
             return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         older = [str(other) for other in checkpoints(Path(path).parent) if other < Path(path)]
         advice = f": delete it to go on from {older[-1]}" if older else ""
@@ -724,7 +728,7 @@ def start_from(path, model, cfg):
     if not all(name.startswith(NEW_PARTS) for name in new):
         raise Refused(f"--init {path} has another architecture: {other.arch}, not {model.arch}")
     model.load_state_dict(fits, strict=False)
-    say(f"weights from {path}; new: {', '.join(sorted(new)) or 'none'}")
+    say(f"weights from {path}; new or left out: {', '.join(sorted(new)) or 'none'}")
 
 
 def load_model(path, ema=True):
@@ -846,7 +850,7 @@ def start_processes(strict):
         # TF32 makes products of float32 several times faster, at 10 bits
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
     if WORLD > 1:
-        dist.init_process_group(timeout=datetime.timedelta(days=1))      # NCCL between GPUs, gloo on CPUs
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))     # NCCL between GPUs, gloo on CPUs
     return device
 
 
@@ -881,7 +885,8 @@ def update_average(ema, model, decay):
 class Stop:
     """Ctrl-C or SIGTERM: remembered until the next row of the log, where all processes save and end together.
 
-    A second one ends at once. After the with statement both mean again what they meant before."""
+    After the first, Ctrl-C ends at once; a second SIGTERM, as some job managers send, changes nothing. After
+    the with statement both mean again what they meant before."""
 
     def __enter__(self):
         self.signal = self.agreed = 0
@@ -895,9 +900,9 @@ class Stop:
 
     def remember(self, number, frame):
         self.signal = number
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
-    def anywhere(self, device="cpu"):
+    def anywhere(self, device):
         """The signal that any process has got by now, or 0: the same answer in all of them."""
         self.agreed = gather(torch.tensor([self.signal], device=device)).max().item()
         return self.agreed
@@ -914,8 +919,9 @@ HIGHEST = dict(r=1, label_dropout=1, ema=1)
 
 
 def fail(message):
-    """End the program with one line, said by process 0 alone."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if RANK == 0 else 1)
+    """End the program with one line, said once on each machine."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}" if first else 1)
 
 
 def parse_flags(kind, choices, lowest, highest, argv, description):
@@ -975,9 +981,8 @@ def main(argv=None):
         say(f"{end} {newest_checkpoint(cfg.out)}")
     except Refused as error:
         fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()         # not after an error, when it would wait for the others
     if stop.agreed:
         sys.exit(128 + stop.agreed)
 

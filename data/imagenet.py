@@ -42,7 +42,7 @@ def make(cfg, rank=0, world=1, device="cpu"):
         time.sleep(1)                         # process 0 downloads the networks and makes the arrays
     if begun.exists():
         flags, meta, source = json.loads(begun.read_text())
-        if flags != vars(cfg):
+        if dict(flags, batch=cfg.batch) != vars(cfg):
             raise SystemExit(f"{out} was begun with other flags: {flags}")
     else:
         meta, source = read_foreign(Path(cfg.images))
@@ -74,7 +74,7 @@ def make_arrays(out, N, part):
     """Make the arrays, of N rows like that of part, and reserve their place on the disk."""
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise SystemExit(f"--out {out} holds something else")
+        raise SystemExit(f"--out {out} holds something else: delete it, or choose another")
     reserve = getattr(os, "posix_fallocate", lambda *_: None)    # macOS has none
     try:
         for name, row in part.items():
