@@ -595,7 +595,8 @@ def start_density(cfg, data, device):
 
 
 def follow_losses(density, t, losses, decay=0.99, uniform=0.1):
-    """vr_loss: the pdf follows the mean loss at each t, the network's estimate of h^2 V [VR Lemma 3.1]."""
+    """vr_loss: the pdf follows the mean loss at each t, the network's estimate of h^2 V [VR Lemma 3.1].
+    It ends at the centres of its first and last bin: t is drawn from 0.005 to 0.995."""
     bins = len(density["t"])
     bin = (t * bins).long().clamp_max(bins - 1)
     member = torch.eye(bins, device=t.device)[bin]                       # (N, bins)
@@ -640,7 +641,7 @@ FREE = ("out data init steps log_every sample_every save_every keep_every "     
 @contextlib.contextmanager
 def whole(path):
     """A file to write in: it is at path when all of it is on the disk, and not before."""
-    draft = Path(path).with_name(f".draft-{RANK}")           # a killed save leaves one, not one for every step
+    draft = Path(path).with_name(f".draft-{RANK}")       # a killed save leaves one, not more
     with open(draft, "wb") as file:
         yield file
         file.flush()

@@ -9,9 +9,7 @@ Each image shows one digit in one of 20 faces, with random size, rotation, slant
     cls.npy       (N, 64) float16         its pooled embedding, with a mean square of 2 as DINOv2's: for REG
     meta.json     scale, bias, num_classes, ...; written last
     judge.pt      a classifier trained on other draws, used by sample.py --metrics and never in training
-The same seed draws the same images everywhere. The two networks are trained, so they depend on rounding, too.
-"""
-import argparse
+The same seed draws the same images everywhere; the two networks, being trained, depend on rounding, too."""
 import functools
 import json
 import os
@@ -51,17 +49,14 @@ def glyph(face, digit):
 
 def render(face, digit, height, angle, slant, shift):
     """A digit, so many pixels high, slanted, turned and shifted: (SIZE, SIZE) in [0, 1]."""
-    # Where does each point of the image lie in the glyph? Undo shift, rotation, slant and size.
     axis = (np.arange(2 * SIZE) + 0.5) / 2 - SIZE / 2                  # 2 x 2 points in each pixel
-    x = axis - shift[0]
+    x = axis - shift[0]             # shift, rotation, slant and size undone: where a point lies in the glyph
     y = axis[:, None] - shift[1]
-    cos = np.round(np.cos(angle), 9)                                   # rounded: math libraries differ
-    sin = np.round(np.sin(angle), 9)
+    cos, sin = np.round([np.cos(angle), np.sin(angle)], 9)             # rounded: math libraries differ
     down = y * cos - x * sin                                           # (2 SIZE, 2 SIZE)
     across = x * cos + y * sin + slant * down
     zoom = GLYPH / (2 * EXTENT) / height
-    place = np.stack([down, across]) * zoom + GLYPH / 2 - 0.5
-    place = np.clip(place, 0, GLYPH - 1)
+    place = (np.stack([down, across]) * zoom + GLYPH / 2 - 0.5).clip(0, GLYPH - 1)
     corner = np.minimum(place.astype(int), GLYPH - 2)
     i, j = corner
     a, b = place - corner
@@ -90,8 +85,7 @@ class ConvNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = []
-        channels = 1
+        layers, channels = [], 1
         for out, stride in [(16, 1), (32, 2), (64, 2), (64, 1), (64, 1)]:
             convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
@@ -103,8 +97,7 @@ class ConvNet(nn.Module):
         return self.body(x).flatten(2).transpose(1, 2)                 # (B, 16, 64)
 
     def embed(self, x):
-        """What the head and the metrics see: the average over the 4 x 4 positions, (B, 64)."""
-        return F.relu(self.tokens(x)).mean(1)
+        return F.relu(self.tokens(x)).mean(1)                          # (B, 64): what head and metrics see
 
     def forward(self, x):
         return self.head(self.embed(x))
@@ -137,15 +130,12 @@ def load_judge(folder):
 
 
 def make(folder, n=20_000, seed=0):
-    """Write the data set into a new folder."""
-    folder = Path(folder)
     if folder.exists():
         raise SystemExit(f"{folder} is in the way: delete it to make the data set anew")
     print(f"drawing {n} digits into {folder} ...")
     images, labels = draw(n, seed)
     others, other_labels = draw(n, seed + 1)
-    bias = float(images.mean())
-    scale = float(1 / images.std())
+    bias, scale = float(images.mean()), float(1 / images.std())
     seen, others = [(torch.from_numpy(x).float() - bias) * scale for x in (images, others)]
     encoder = train_net(seen, labels, seed)
     judge = train_net(others, other_labels, seed + 1)
@@ -156,10 +146,9 @@ def make(folder, n=20_000, seed=0):
     cls *= (2 / cls.square().mean()).sqrt()
     meta = dict(scale=scale, bias=bias, num_classes=10, seed=seed, encoder="font_digits.ConvNet")
     folder.mkdir(parents=True)
-    np.save(folder / "latents.npy", images)
-    np.save(folder / "labels.npy", labels)
-    np.save(folder / "features.npy", features.to(torch.int8))
-    np.save(folder / "cls.npy", cls.half())
+    arrays = dict(latents=images, labels=labels, features=features.to(torch.int8), cls=cls.half())
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     torch.save(judge.state_dict(), folder / "judge.pt")
     (folder / "draft").write_text(json.dumps(meta, indent=1) + "\n")
     (folder / "draft").rename(folder / "meta.json")          # what other processes wait for
@@ -167,15 +156,13 @@ def make(folder, n=20_000, seed=0):
 
 def ensure(folder=FOLDER):
     """The folder of the data set, made first if it is missing; of torchrun's processes the first makes it."""
-    ready = Path(folder) / "meta.json"
+    ready = folder / "meta.json"
     if os.environ.get("RANK", "0") == "0" and not ready.exists():
         make(folder)
     while not ready.exists():
         time.sleep(1)
-    return Path(folder)
+    return folder
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", nargs="?", default=FOLDER, help="a new folder (default: %(default)s)")
-    make(parser.parse_args().folder)
+    make(FOLDER)

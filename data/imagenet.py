@@ -9,8 +9,7 @@ A stopped run goes on where it was, with any number of processes on one machine.
     labels.npy    (N,) int64             place among the sorted names of the class folders
     features.npy  (N, T, D) int8         encoder tokens, each token's largest entry being 127
     cls.npy       (N, D) float16         the encoder's class token as it is, for REG
-    meta.json     scale, bias, moments, num_classes, vae, encoder; written last
-"""
+    meta.json     scale, bias, moments, num_classes, vae, encoder; written last"""
 import argparse
 import io
 import json
@@ -86,8 +85,7 @@ def make_arrays(out, N, part):
     except OSError as error:
         for file in out.iterdir():
             file.unlink()
-        size = N * sum(row.nbytes for row in part.values())
-        raise SystemExit(f"{out} needs {size / 1e9:.3g} GB: {error}")
+        raise SystemExit(f"{out} needs {N * sum(row.nbytes for row in part.values()) / 1e9:.3g} GB: {error}")
 
 
 def finish(out, arrays, meta):
@@ -97,7 +95,7 @@ def finish(out, arrays, meta):
     there = arrays["labels"] != LEFT_OUT
     N = np.count_nonzero(there)
     gaps, last = np.flatnonzero(~there[:N]), N + np.flatnonzero(there[N:])
-    for array in arrays.values():
+    for array in (array for array in arrays.values() if len(array) == len(there)):   # if it was stopped here
         array[gaps] = array[last]
         with open(array.filename, "r+b") as file:
             npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array[:N]))
@@ -108,6 +106,8 @@ def finish(out, arrays, meta):
 def conversion(cfg, meta, source, device):
     """The function from what read_row gave to arrays (B, ...). Completes meta, too."""
     if cfg.pixels:
+        if "images" not in source:
+            raise SystemExit(f"{cfg.images} has no images, which --pixels needs")
         source.pop("latents", None)
         meta.update(scale=1 / 127.5, bias=127.5, moments=False)
     elif "latents" not in source:
@@ -138,7 +138,7 @@ def read_foreign(folder):
     for latents in folder.glob("imagenet*_features"):      # 0.npy, ... (1, 4, h, h), scaled: of fast-DiT
         meta.update(scale=1.0, scaled_by=0.18215, moments=False, num_classes=1000)
         latents = [f"{latents}/{i}.npy" for i in range(len(os.listdir(latents)))]
-        labels = [file.replace("_features/", "_labels/") for file in latents]            # (1,)
+        labels = ["_labels/".join(file.rsplit("_features/", 1)) for file in latents]     # (1,)
         return meta, dict(labels=labels, latents=latents)
     source = read_repa(folder) if (folder / "vae-sd").is_dir() else read_images(folder)
     return dict(meta, num_classes=max(source["labels"]) + 1), source
@@ -158,11 +158,9 @@ def read_repa(folder):
 
 
 def read_images(folder):
-    """One folder of images per class."""
     files = sorted(file for file in folder.glob("[!.]*/*") if file.suffix.lower() in SUFFIXES)
     classes, labels = np.unique([file.parent.name for file in files], return_inverse=True)
-    folders = {path.name for path in folder.glob("[!.]*") if path.is_dir()}
-    empty = sorted(folders.difference(classes))
+    empty = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()}.difference(classes))
     if empty or not files:
         raise SystemExit(f"--images {folder} has neither vae-sd/ (REPA) nor imagenet256_features/ (fast-DiT) "
                          f"nor one folder of images per class; without images: {empty[:3] or 'all'}")
@@ -201,9 +199,8 @@ def centre_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    width, height = [round(side * scale) for side in image.size]
-    image = image.resize((width, height), Image.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
