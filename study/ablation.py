@@ -2,7 +2,7 @@
 
     python study/ablation.py                # trains what ablation.csv lacks, then draws
     python study/ablation.py --draw         # the tables and figures from the csv files alone: seconds
-    python study/ablation.py --speed        # writes ablation_speed.csv: 8 minutes of one core
+    python study/ablation.py --speed        # writes ablation_speed.csv: 7 minutes of one core
     python study/between.py                 # writes between.csv: 20 minutes of one core
     python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
 
@@ -139,6 +139,8 @@ GROUPS = {                                   # seeds, flags of all its runs, che
     "batch": (3, SMALL, [600], BATCH),
     "pairs": (3, f"{WIDE} --save_every 2000 --sample_every 9999", [2000], PAIRS),
 }
+# Of "switches", by step 3 of the rule in README.md.
+TEN_SEEDS = ["plain SiT", "REPA", "REPA + logit-normal", "iREPA + logit-normal", "REPA + FPO, groups of 16"]
 VR = ["VR, Gaussian", "VR, Monte Carlo", "VR, network"]
 SIZES = {                                    # N -> group, run with FPO, run without
     16: ("batch", "FPO, N = 16", "REPA, N = 16"),
@@ -234,6 +236,7 @@ def study(at_once):
     have = {(row["group"], row["name"], int(row["seed"])) for row in read(TABLE)}
     jobs = [(group, name, seed) for group, (seeds, _, _, runs) in GROUPS.items()
             for seed in range(seeds) for name in runs]
+    jobs += [("switches", name, seed) for seed in range(5, 10) for name in TEN_SEEDS]
     todo = [job for job in jobs if job not in have]
     data = train_sit.Latents(font_digits.ensure(ROOT / train_sit.Config.data), features=True, cls=True)
     torch.set_num_threads(1)
