@@ -1777,6 +1777,7 @@ def test_the_processes_agree_on_a_signal_by_gather_on_their_own_device_because_n
 
 
 def test_after_a_first_signal_a_second_sigterm_changes_nothing_and_ctrl_c_ends_at_once():
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
     before = handlers()
     with train_sit.Stop() as stop:
         assert before[0] != signal.getsignal(signal.SIGINT) and stop.anywhere("cpu") == 0
@@ -1788,6 +1789,7 @@ def test_after_a_first_signal_a_second_sigterm_changes_nothing_and_ctrl_c_ends_a
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert handlers() == before
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_processes_that_see_different_checkpoints_are_refused(folder, tmp_path, monkeypatch):
