@@ -2642,6 +2642,7 @@ def test_every_run_of_the_study_has_flags_that_train_sit_accepts(monkeypatch):
     for end in ("data", "noise"):
         monkeypatch.setitem(train_sit.TIMESTEPS, f"fewer_at_{end}", None)
     accepted = (train_sit.Config, train_sit.CHOICES, train_sit.LOWEST, train_sit.HIGHEST)
+    assert {*ablation.TEN_SEEDS} < ablation.SWITCHES.keys()
     for seeds, common, steps, runs in ablation.GROUPS.values():
         argvs = [f"{common} {flags}".split() for flags in runs.values()]
         configs = [train_sit.parse_flags(*accepted, argv, "") for argv in argvs]
