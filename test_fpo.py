@@ -1290,7 +1290,7 @@ def test_bad_data_are_refused_in_one_line(folder, tmp_path, says, name, content)
     ("into 1 patches", "--model=SiT-S/8"), ("/nowhere.pt", "--init=/nowhere.pt")])
 def test_bad_flags_are_refused_in_one_line(folder, tmp_path, says, flag):
     line = run(training(folder, tmp_path) + [flag])
-    assert isinstance(line, str) and says in line and "\n" not in line and not list(tmp_path.glob("[!.]*"))
+    assert isinstance(line, str) and says in line and "\n" not in line and not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path, monkeypatch):

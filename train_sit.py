@@ -149,14 +149,14 @@ def train(cfg, stop):
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
                 projector=cfg.projector, bottleneck=cfg.bottleneck, cls_dim=data.cls_dim).to(device)
-    locked = lock(cfg.out)                   # as long as this function runs
-    newest = newest_checkpoint(cfg.out)
-    if cfg.init and not newest:
+    if cfg.init and not newest_checkpoint(cfg.out):
         start_from(cfg.init, model, cfg)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
 
     # Start, or go on with the run in this folder. moments: of VRPO's features and rewards
+    locked = lock(cfg.out)                   # as long as this function runs
+    newest = newest_checkpoint(cfg.out)
     if newest:
         run = resume(newest, device, cfg, model, ema, opt)
     else:
