@@ -1,7 +1,7 @@
-"""The method, as pure functions on tensors: interpolants, REPA, FPO, VR-sampling, samplers, VRPO.
+"""The method, as pure functions on tensors: interpolants, REPA, FPO, VR-sampling, samplers, MeanFlow, VRPO.
 
-Every function lifts out alone: torch, its arguments, and linear where that is the default path. Where one
-calls another neighbour, its docstring says "Needs". Time runs from data (t = 0) to noise (t = 1), everywhere.
+Every function lifts out alone: the two imports, its arguments, and linear where that is the default path. One
+that calls other neighbours says "Needs". Time runs from data (t = 0) to noise (t = 1), everywhere.
 
     x_t = alpha_t x + sigma_t eps      v_t = alpha'_t x + sigma'_t eps      eps ~ N(0, I)
 
@@ -85,8 +85,8 @@ def velocity_loss(v_hat, v):
 def alignment_loss(h, y):
     """Minus the mean over tokens of cos(h, y) [REPA Eq. 8]: h, y (B, T, D) -> (B,) in [-1, 1].
     The norms are never taken in 16 bits, where small tokens turn into NaN. Needs in_float32."""
-    cosine = F.cosine_similarity(in_float32(h), in_float32(y), dim=-1)       # (B, T)
-    return -cosine.mean(1)
+    similarity = F.cosine_similarity(in_float32(h), in_float32(y), dim=-1)   # (B, T)
+    return -similarity.mean(1)
 
 
 def spatially_normalised(y, gamma=1.0):
@@ -101,11 +101,10 @@ def nt_xent_loss(h, y, tau=0.1, first=0):
     of which the paper is silent: the tokens at the same place in the other images. Needs in_float32."""
     h = F.normalize(in_float32(h), dim=-1)
     y = F.normalize(in_float32(y), dim=-1)
-    logits = torch.einsum("btd,ktd->bkt", h, y) / tau        # (B, B', T)
-    B, T, _ = h.shape
-    own = torch.arange(first, first + B, device=h.device)
-    loss = F.cross_entropy(logits, own[:, None].expand(B, T), reduction="none")  # (B, T)
-    return loss.mean(1)
+    with torch.autocast(h.device.type, enabled=False):       # or the product is in 16 bits
+        logits = torch.einsum("btd,ktd->bkt", h, y) / tau    # (B, B', T)
+    own = torch.arange(first, first + len(h), device=h.device)[:, None]
+    return F.cross_entropy(logits, own.expand(h.shape[:2]), reduction="none").mean(1)    # of (B, T)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ def nt_xent_loss(h, y, tau=0.1, first=0):
 #
 # The losses (N,) are those of the *global* batch: ranking each GPU's own slice would be another algorithm for
 # every number of GPUs. With a mask (N,) only the samples inside it compete, N is their number, and the rest
-# keep weight 1. The paper gives no tau; 1.0 here is the plain softmax.
+# keep weight 1. The paper gives no tau; 1.0 is the plain softmax of losses that are means (Eq. 6: sums).
 
 
 def fpo_check(r, beta, tau):
@@ -128,7 +127,8 @@ def fpo_check(r, beta, tau):
 
 def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
     """p = softmax(L / tau) on H, the floor(r N) highest losses (at least 1), and 0 elsewhere [FPO Eq. 18].
-    losses (N,) -> p (N,), sums to 1, differentiable (H is not). An empty mask gives p = 0."""
+    losses (N,) -> p (N,), sum 1, differentiable (H is not). An empty mask gives p = 0. Needs in_float32."""
+    losses = in_float32(losses)                              # in 16 bits many would be equal
     if mask is None:
         mask = torch.ones_like(losses, dtype=torch.bool)
     M = (r * mask.sum() + 1e-3).floor().clamp_min(1)         # 1e-3: 0.53 * 100 must give 53
@@ -142,17 +142,17 @@ def fpo_policy(losses, r=0.8, tau=1.0, mask=None):
 
 def fpo_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     """w = (1 + beta p) N / sum(1 + beta p) [FPO Eq. 19, 20]: losses (N,) -> w (N,), sums to N.
-    p sums to 1, so the denominator is N + beta. Differentiable. Needs fpo_policy, fpo_check."""
+    p sums to 1, so the denominator is N + beta. Differentiable. Needs fpo_policy, fpo_check, in_float32."""
     fpo_check(r, beta, tau)
     p = fpo_policy(losses, r, tau, mask)
-    N = len(losses) if mask is None else mask.sum().clamp_min(1).to(losses)
+    N = len(losses) if mask is None else mask.sum().clamp_min(1).to(p)
     w = (1 + beta * p) * N / (N + beta)
     return w if mask is None else torch.where(mask, w, 1.0)
 
 
 def fpo_loss(losses, r=0.8, beta=2.0, tau=1.0, mask=None):
     """J = mean of w_i L_i [FPO Alg. 2]: (N,) -> scalar. The gradient goes through w too [FPO Thm. 3.3].
-    Needs fpo_weights, fpo_policy, fpo_check."""
+    Needs fpo_weights, fpo_policy, fpo_check, in_float32."""
     return (fpo_weights(losses, r, beta, tau, mask) * losses).mean()
 
 
@@ -162,15 +162,15 @@ def fpo_gradient_weights(losses, r=0.8, beta=2.0, tau=1.0, mask=None, group=0):
     J depends on the parameters only through L, so both terms of [FPO Thm. 3.3] are multiples of grad L_i:
         c_i = (1 + beta p_i (1 + (L_i - sum_j p_j L_j) / tau)) / (1 + beta / N)
     With c from all losses every process backpropagates its own slice alone. group n > 0: within every n
-    consecutive samples, as code that ranks in each GPU's slice does. Needs fpo_policy, fpo_check."""
+    consecutive samples, as in each GPU's slice of other code. Needs fpo_policy, fpo_check, in_float32."""
     fpo_check(r, beta, tau)
-    L = losses.detach()
+    L = in_float32(losses.detach())
     if group > 0:
         mask = torch.ones_like(L, dtype=torch.bool) if mask is None else mask
         parts = zip(L.split(group), mask.split(group))
         return torch.cat([fpo_gradient_weights(part, r, beta, tau, inside) for part, inside in parts])
     p = fpo_policy(L, r, tau, mask)
-    N = len(L) if mask is None else mask.sum().clamp_min(1).to(L)
+    N = len(L) if mask is None else mask.sum().clamp_min(1).to(p)
     advantage = (L - (p * L).sum()) / tau
     c = (1 + beta * p * (1 + advantage)) / (1 + beta / N)
     return c if mask is None else torch.where(mask, c, 1.0)
@@ -197,7 +197,7 @@ def weight_moved(w):
 
 def hard_sample_weights(losses, r=0.8, beta=2.0, mask=None):
     """The boost of FPO spread evenly over the floor(r N) highest losses: FPO's limit tau -> infinity.
-    Needs fpo_weights, fpo_policy, fpo_check."""
+    Needs fpo_weights, fpo_policy, fpo_check, in_float32."""
     return fpo_weights(losses.detach(), r, beta, 1e30, mask)
 
 
@@ -285,8 +285,8 @@ def gaussian_posterior_variance(x, snr):
 
 def vr_density(variance, t, path=linear, uniform=0.1):
     """pi(t) = (1 - uniform) h^2 V / integral + uniform / (t[-1] - t[0]) [VR Sec. 3.3]: V, t (T,) -> pdf (T,).
-    t increasing, inside (0, 1]; the pdf integrates to 1 by the trapezoid rule. The uniform part keeps every
-    t alive: on few points in high dimension V is 0 almost everywhere."""
+    t increasing, inside (0, 1]; V >= 0, not all 0; the pdf integrates to 1 by the trapezoid rule. The uniform
+    part keeps every t alive: on few points in high dimension V is 0 almost everywhere."""
     t = t.double()
     alpha, sigma, d_alpha, d_sigma = path(t)
     h = (d_alpha * sigma - alpha * d_sigma) / sigma
@@ -388,7 +388,7 @@ def guided(model, y, scale=1.0, interval=(0.0, 1.0), null=None):
     """v(x, t) = v_u + scale (v_c - v_u) for t in the interval, v_c elsewhere [REPA Table 10].
     model(x, t, y) -> velocity; y (B,) labels; null: the label of no class (num_classes), which any scale
     other than 1 needs (ValueError). Outside the interval the unconditional half is not computed at all.
-    scale: a number, or one for each entry of x's last dimension."""
+    scale: a number, or a tensor on x's device with one for each entry of x's last dimension."""
     plain = bool((torch.as_tensor(scale) == 1).all())
     if not plain and null is None:
         raise ValueError("guided: a scale other than 1 needs null, the label of no class (num_classes)")
@@ -490,11 +490,9 @@ def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
     dtype = x.dtype
     v, x = widened(v, x)
     t = x.new_ones(len(x))
-    h = x.new_full((len(x),), 0.05)
+    h = 0.05 * t
     slope = v(x, t)
     for _ in range(max_steps):
-        if (t <= end).all():
-            return x.to(dtype)
         h = torch.minimum(h, t - end)                        # 0 for a sample that has arrived
         trial, trial_slope, error = dopri5_step(v, x, t, h, slope)
         error = error / (atol + rtol * torch.maximum(x.abs(), trial.abs()))
@@ -508,6 +506,8 @@ def dopri5(v, x, rtol=1e-4, atol=1e-4, end=0.0, max_steps=10_000):
         t = torch.where(accept, torch.where(h >= t - end, end, t - h), t)
         factor = 0.9 * error.clamp_min(1e-10) ** -0.2
         h = h.clamp_min(1e-6) * factor.clamp(0.2, 5)
+        if (t <= end).all():
+            return x.to(dtype)
     raise ArithmeticError(f"dopri5: not at t = {end} after {max_steps} steps; loosen rtol and atol")
 
 
@@ -576,7 +576,8 @@ def mean_flow(u, x, steps=1):
 #     L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R    velocity loss + lambda_0 mean(L_i)    [Eq. 7-11, 14]
 # Chosen, where the text is silent: the gradient goes through the rewards (Prop. 2 and 5 need it), not through
 # w, mu, sigma, Var R. Var is total, within and across batches. FID compares pooled projected h with pooled y;
-# it and LPIPS weigh 1 each. The values of decay, eta and the floors.
+# it and LPIPS weigh 1 each. So are decay, eta, the floors. Against App. 0.A the semantic reward is REPA's,
+# token by token (there: [CLS] and the mean token), and LPIPS compares x_hat with x (there: with x_t).
 
 
 def pooled(h):
@@ -626,9 +627,8 @@ def inverse_variance_weights(variance, floor=2.5e-3):
 
 @torch.no_grad()
 def moving_moments(x, before=None, decay=0.99):
-    """Exponential moving mean (D,) and covariance (D, D) of the rows of x (N, D), the *global* batch.
-    before: what the last call returned; None starts from this batch, not from 0. This is exactly the
-    covariance of the moving E[x x'] and E[x], without its cancellation."""
+    """Exponential moving mean (D,) and covariance (D, D) of the rows of x (N, D), the *global* batch: exactly
+    those of moving E[x], E[x x'], without cancellation. before: the last result; None starts from x."""
     p = torch.full_like(x[:, 0], 1 / len(x))
     mean = p @ x
     cov = (x - mean).T @ (p[:, None] * (x - mean))

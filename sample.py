@@ -45,7 +45,7 @@ class Config:
     w: float = 2.0                        # sde: diffusion coefficient w sigma_t; 2 as in the published runs
     last: float = 0.04                    # sde: the last step, without noise, runs from here; 0: equal steps
     guidance: float = 1.0                 # guidance scale; 1: none
-    cls_guidance: float = -1.0            # that of REG's class token; -1: the same; 0: none
+    cls_guidance: float = -1.0            # that of REG's class token; -1: the same; 0 or 1: none
     interval: tuple = (0.0, 1.0)          # timesteps at which guidance acts
     amp: str = "fp32"                     # precision of the network; tf32: fp32 with TF32 matrix products
     compile: bool = torch.cuda.is_available()    # compile the blocks
@@ -220,6 +220,8 @@ def begin(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "settings.json"
     if not begun.exists():
+        for part in folder.glob("*.npz"):                    # of settings that are not known
+            part.unlink()
         with train_sit.whole(begun) as file:
             file.write(json.dumps(settings).encode())
     for name, was in json.loads(begun.read_text()).items():
@@ -239,8 +241,9 @@ def sample(cfg):
         vae = load_vae(cfg.vae, device)
     meta = config["meta"] or {"scale": 0.18215, "bias": 0.0}
     settings = {name: value for name, value in vars(cfg).items() if name not in ("out", "metrics", "data")}
-    settings |= dict(checkpoint=str(path), step=config["step"], path=config["path"], predict=config["predict"],
-                     classes=list(cfg.classes), interval=list(cfg.interval), trained_on_vae=meta.get("vae"))
+    settings |= dict(checkpoint=str(path), written=path.stat().st_mtime_ns, step=config["step"],
+                     path=config["path"], predict=config["predict"], classes=list(cfg.classes),
+                     interval=list(cfg.interval), trained_on_vae=meta.get("vae"))
 
     folder, locked = out / "parts", train_sit.lock(out)
     if RANK == 0:
@@ -266,7 +269,7 @@ def sample(cfg):
             print(f"{value:10.4f}  {key}")
         result |= dict(data=cfg.data, settings=settings)
         (out / "metrics.json").write_text(json.dumps(result, indent=1))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)                # some network disks keep a file that is open
 
 
 def main(argv=None):

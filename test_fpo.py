@@ -131,6 +131,9 @@ def test_losses_are_per_sample_and_computed_in_float32():
     tiny = torch.full((1, 1, 64), 1e-30, dtype=torch.bfloat16)         # in bf16 its norm underflows
     assert fpo.alignment_loss(tiny, tiny).isfinite().all() and fpo.alignment_loss(tiny, tiny).dtype == torch.float32
     assert fpo.velocity_loss(torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)).tolist() == [1, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        under = fpo.nt_xent_loss(h, y)
+    assert torch.equal(under, fpo.nt_xent_loss(h, y))
 
 
 def test_nt_xent_of_a_slice_against_the_global_batch_is_the_slice_of_the_whole():
@@ -157,6 +160,14 @@ def test_weights_follow_equations_18_to_20_by_hand():
     w = fpo.fpo_weights(torch.tensor([3.0, 1.0, 2.0, 0.0, 9.0]), r=0.4, beta=2.0, tau=1.0)      # H = {9, 3}
     p = math.exp(9) / (math.exp(9) + math.exp(3))
     torch.testing.assert_close(w, torch.tensor([1 + 2 * (1 - p), 1, 1, 1, 1 + 2 * p]) * 5 / 7)
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(1000) % 3 > 0], ids=["all", "some"])
+def test_losses_of_16_bits_get_weights_in_float32(mask):
+    L = some_losses(1000).bfloat16()
+    assert torch.equal(fpo.fpo_gradient_weights(L, mask=mask), fpo.fpo_gradient_weights(L.float(), mask=mask))
+    w = fpo.fpo_weights(L, mask=mask)
+    assert torch.equal(w, fpo.fpo_weights(L.float(), mask=mask)) and abs(w.sum() - 1000) < 1e-2
 
 
 @pytest.mark.parametrize("r, n, top", [(0.29, 100, 29), (0.53, 100, 53), (0.8, 128, 102), (1.0, 7, 7), (0.01, 5, 1), (0.7, 10, 7)])
@@ -649,6 +660,10 @@ def test_dopri5_keeps_its_tolerance_and_does_not_depend_on_the_batch():
     v.nfe = 0
     whole = fpo.dopri5(v, z)
     assert 7 <= v.nfe < 300 and whole.dtype == torch.float32
+    rounds = (v.nfe - 1) // 6
+    assert torch.equal(fpo.dopri5(v, z, max_steps=rounds), whole)
+    with pytest.raises(ArithmeticError, match=f"after {rounds - 1} steps"):
+        fpo.dopri5(v, z, max_steps=rounds - 1)
     torch.testing.assert_close(torch.cat([fpo.dopri5(v, z[:2]), fpo.dopri5(v, z[2:])]), whole, rtol=0, atol=1e-6)
 
 
@@ -1920,6 +1935,21 @@ def test_killed_sampling_goes_on_with_the_same_settings_only(trained, tmp_path, 
     assert all((whole[name] == parts[name]).all() for name in ("arr_0", "labels"))
 
 
+def test_parts_of_unknown_settings_are_drawn_anew_and_those_of_a_checkpoint_since_rewritten_are_refused(
+        trained, tmp_path, monkeypatch):
+    checkpoint, out = tmp_path / "copy.pt", tmp_path / "out"
+    shutil.copy(train_sit.newest_checkpoint(trained), checkpoint)
+    monkeypatch.setattr(sample.shutil, "rmtree", lambda *_, **more: None)                  # as if killed before
+    assert run(sampling(checkpoint, out, seed=1), sample) is None and len(list((out / "parts").glob("*.npz"))) == 5
+    (out / "parts/settings.json").unlink()
+    for folder in (out, tmp_path / "fresh"):
+        assert run(sampling(checkpoint, folder), sample) is None
+    again, fresh = (np.load(folder / "samples.npz")["arr_0"] for folder in (out, tmp_path / "fresh"))
+    assert (again == fresh).all()
+    os.utime(checkpoint, (1, 1))
+    assert "begun with written" in run(sampling(checkpoint, out), sample)
+
+
 def test_latents_are_decoded_a_few_at_a_time_and_unscaled_first(trained, tmp_path, monkeypatch):
     decoded = []
     answer = lambda z: types.SimpleNamespace(sample=z[:, :1].expand(-1, 3, -1, -1))
@@ -2479,6 +2509,17 @@ def test_int8_tokens_use_the_whole_range_and_change_the_alignment_loss_by_less_t
         assert (loss + cosine).abs().max() < 1e-3
 
 
+def test_irepa_s_target_from_tokens_of_8_bits_is_that_of_the_encoder_s_own_also_for_reg_s_class_token():
+    tokens = torch.randn(4, 1, 768, generator=seeded(41)) + torch.randn(4, 65, 768, generator=seeded(42))
+    tokens = F.layer_norm(tokens, (768,))                              # the class token is the first
+    stored = imagenet.to_int8(tokens[:, 1:])
+    with_class = torch.cat([tokens[:, :1].half(), stored.half()], 1)   # as Latents.batch
+    for own, features in ((tokens[:, 1:], stored), (tokens, with_class)):
+        target = fpo.spatially_normalised(own)
+        loss = train_sit.ALIGN["spatial"](target, features)
+        assert (loss + 1).abs().max() < 2e-4
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Costs (python -m pytest -q -s -k cost prints them)
 
@@ -2700,6 +2741,20 @@ def test_intervals_hold_95_percent_of_student_s_distribution(n):
     factor = math.gamma((nu + 1) / 2) / (math.sqrt(nu * math.pi) * math.gamma(nu / 2))
     density = factor * (1 + x ** 2 / nu) ** (-(nu + 1) / 2)
     assert abs(torch.trapezoid(density, x) - 0.95) < 1e-4
+
+
+@pytest.mark.parametrize("std", [0.06, 0.12, 0.17, 0.3])
+def test_the_rule_of_the_study_sees_an_effect_that_is_none_in_5_percent_of_the_rows(std):
+    gaps = np.random.RandomState(0).normal(0, std, (40_000, 10))
+
+    def mean_and_half(gaps):
+        n = gaps.shape[1]
+        return abs(gaps.mean(1)), ablation.QUANTILE[n] * gaps.std(1, ddof=1) / n ** 0.5
+
+    (mean, half), (later, later_half) = mean_and_half(gaps[:, :5]), mean_and_half(gaps)
+    go_on = (mean >= 0.1) & (mean <= 2 * half)                           # step 3, by the Fréchet distance
+    wrong = np.where(go_on, later > later_half, mean > half)
+    assert 0.035 < wrong.mean() < 0.055
 
 
 def test_paired_differences_pair_the_seeds_in_whatever_order_the_runs_ended_and_leave_out_the_rest(

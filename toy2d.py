@@ -569,7 +569,7 @@ def gradient_variance(params, stream):
             L = mean_flow_loss(partial(at, lam), running(1), params, *batch)
             g = torch.autograd.grad(L.sum(), params)
             rows.append(torch.cat([p.flatten(1) for p in g], 1))
-    g = torch.stack(rows, 1)[:len(L) // 3]                              # (S, 2 batches, P)
+    g = torch.stack(rows, 1)[:len(L) // 3]                              # (S, 2 batches, P), unweighted
     zero, one = (part - part.mean(1, True) for part in g.chunk(2, 1))
     A_xi = zero - one
     best_lam = torch.vmap(fpo.control_coefficient)(zero, A_xi)
@@ -579,7 +579,7 @@ def gradient_variance(params, stream):
 
 def one_step(data, seeds, stops):
     """Trains by every method, each seed with three weightings -> samples (3 S, n, 2), distances (S, 3) and,
-    without weights, distance at stops (S, 5), mean loss up to each, and the gradient's variance."""
+    without weights, distance at stops (S, 5), mean loss since the last stop, the gradient's variance."""
     S, steps = len(seeds) // 3, stops[-1]
     stream = list(pairs(data, seeds, steps + 64))
     exact = [(z, r, t, mean, mean) for z, r, t, _, mean in stream]      # E[v | z] in both places

@@ -7,7 +7,7 @@ r"""Train a SiT by flow matching with representation alignment (REPA), FPO and V
         --save_every 10000 --sample_every 10000 --keep_every 50000
 
 The method is fpo.py's. Here stand, in this order, the flags, what is optimised, the training loop, and what
-the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes.
+the loop calls: network, data, density of t, VRPO, checkpoints, log and pictures, processes, parsing.
 Letters: b images of this process, N of all (the global batch), T tokens, D width. Everything random is
 drawn for the global batch, from (seed, step), and every process takes its slice: a run does not depend on
 the number of processes.
@@ -43,7 +43,7 @@ import fpo
 # This process among torchrun's, or alone.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # Products of matrices in bf16 are fast on GPUs from Ampere on, and on CPUs that have an instruction for them.
-FAST_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+FAST_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()          # bool() is False
 if torch.cuda.is_available():
     FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -57,7 +57,7 @@ class Config:
     log_every: int = 20                  # steps between rows of log.csv
     sample_every: int = 700              # steps between pictures
     save_every: int = 350                # steps between checkpoints; the newest two are kept
-    keep_every: int = 0                  # steps between weight averages that are kept, too; 0: none
+    keep_every: int = 0                  # steps between kept averages, a multiple of save_every; 0: none
     # What is optimised
     model: str = "tiny"                  # network
     bottleneck: int = 0                  # width of a bottleneck in the patch embedding; 0: none
@@ -118,7 +118,7 @@ POLICIES = {
     "p2": lambda L, t, cfg: fpo.p2_weights(t, fpo.PATHS[cfg.path]),
     "min_snr": lambda L, t, cfg: fpo.min_snr_weights(t, fpo.PATHS[cfg.path]),
 }
-ALIGN_POLICIES = {                           # FPO's at t >= 0.9 alone [FPO Sec. 4.1]
+ALIGN_POLICIES = {                           # FPO's at t >= 0.9 alone [FPO Sec. 3.3]
     "uniform": lambda A, t, cfg: torch.ones_like(A),
     "fpo": lambda A, t, cfg: fpo.fpo_gradient_weights(A, cfg.r, cfg.beta, cfg.tau, t >= 0.9, cfg.group),
     "early": lambda A, t, cfg: fpo.early_weights(t),
@@ -126,7 +126,8 @@ ALIGN_POLICIES = {                           # FPO's at t >= 0.9 alone [FPO Sec.
 ALIGN = {                                    # projected tokens z, features (b, T, D) -> (b,)
     "none": lambda z, features, t, **more: torch.zeros_like(t),
     "cosine": lambda z, features, **more: fpo.alignment_loss(z, features),
-    "spatial": lambda z, features, **more: fpo.alignment_loss(z, fpo.spatially_normalised(features)),
+    "spatial": lambda z, features, **more: fpo.alignment_loss(                       # lengths are not stored
+        z, fpo.spatially_normalised(F.normalize(features.float(), dim=-1))),
     "nt_xent": lambda z, features, **more: fpo.nt_xent_loss(z, gather(features), first=RANK * len(z)),
     "vrpo": lambda z, features, **more: vrpo_losses(z, features, **more),
 }
@@ -149,7 +150,7 @@ def train(cfg, stop):
     torch.manual_seed(cfg.seed)
     model = SiT(data.size, data.channels, data.classes, **MODELS[cfg.model], feature_dim=data.feature_dim,
                 projector=cfg.projector, bottleneck=cfg.bottleneck, cls_dim=data.cls_dim).to(device)
-    if cfg.init and not newest_checkpoint(cfg.out):
+    if cfg.init and not newest_checkpoint(cfg.out):          # before the lock: refused, it leaves no folder
         start_from(cfg.init, model, cfg)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
@@ -213,13 +214,14 @@ def train(cfg, stop):
         if cfg.timesteps == "vr_loss":
             follow_losses(run["density"], t_all, L_all)
 
-        # Once in a while, and only then is the GPU waited for: a row of the log, a checkpoint, pictures
+        # Once in a while, and (but for VRPO) only then is the GPU waited for: log, checkpoint, pictures
         run["step"] = step
         recent += [torch.stack([L_all.mean(), A_all.mean(), norm])]
         save = step % cfg.save_every == 0 or step == cfg.steps
         picture = step % cfg.sample_every == 0 or step == cfg.steps
         if step % cfg.log_every == 0 or save or picture:
-            bar.set_postfix(loss=log_row(cfg, run, recent, since, c, lr))
+            mean = log_row(cfg, run, recent, since, c, lr)
+            bar.set_postfix(loss=mean)
             stopping = stop.anywhere(device)
             if RANK == 0 and (save or stopping):
                 save_checkpoint(cfg, run, model, ema, opt, data.meta)
@@ -345,8 +347,8 @@ class SiT(nn.Module):
     """Scalable interpolant transformer: x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W).
 
     features=True -> velocity, z (B, T, feature_dim), the projected tokens of block encoder_depth (None where
-    feature_dim is 0); "only" -> z alone. With REG's class token cls (B, cls_dim), which is the first of 1 + T
-    tokens -> velocity, z (None if not asked for), the velocity of the class token."""
+    feature_dim is 0); "only" -> z alone. With cls (B, cls_dim) -> velocity, z (None if not asked for), that
+    of cls. In REG it is the first of 1 + T tokens; without REG it is empty, (B, 0)."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
                  encoder_depth=8, feature_dim=0, projector_width=2048, projector="mlp", bottleneck=0,
@@ -579,17 +581,16 @@ def start_density(cfg, data, device):
     t = (torch.arange(bins, device=device).double() + 0.5) / bins
     t = t.clamp_min(fpo.FIRST_T[cfg.path])
     alpha, sigma, _, _ = path(t)
-    pdf = torch.ones_like(t)
+    V = None
     if cfg.timesteps in ("vr_gaussian", "vr_logit_normal"):
         # An eigenvalue problem of the size of the latents, or of their middle 32 x 32
         middle = slice(max(0, data.size - 32) // 2, (data.size + 32) // 2)
         x = data.some(max(8192, 4096 * data.channels), side=middle).flatten(1)
         V = fpo.gaussian_posterior_variance(x.to(device), alpha / sigma)
-        pdf = fpo.vr_density(V, t, path)
     if cfg.timesteps == "vr_monte_carlo":
         x, random = data.some(200, cfg.seed).flatten(1), torch.Generator(device).manual_seed(cfg.seed)
         V = fpo.posterior_variance(x.to(device), alpha / sigma, 500, random)
-        pdf = fpo.vr_density(V, t, path)
+    pdf = torch.ones_like(t) if V is None else fpo.vr_density(V, t, path)
     mean, _ = fpo.logit_normal_location(t, pdf, cfg.logit_std)           # [VR Sec. 4.3]
     return dict(t=t.float(), pdf=pdf.float(), mean=mean)
 
@@ -695,7 +696,7 @@ def read_checkpoint(path, device="cpu"):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        older = [str(other) for other in checkpoints(Path(path).parent) if other < Path(path)]
+        older = [old for old in checkpoints(Path(path).parent) if old < Path(path)]
         advice = f": delete it to go on from {older[-1]}" if older else ""
         raise Refused(f"no checkpoint that can be read: {path} ({type(error).__name__}){advice}") from None
 
@@ -842,14 +843,14 @@ def say(message):
         print(message, flush=True)
 
 
-def start_processes(strict):
+def start_processes(no_tf32):
     """The device of this process, alone or one of torchrun's. If one ends by an error, torchrun ends all."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         # TF32 makes products of float32 several times faster, at 10 bits
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not no_tf32
     if WORLD > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=1))     # NCCL between GPUs, gloo on CPUs
     return device
@@ -863,11 +864,11 @@ def compile_blocks(model):
 
 def gather(x):
     """x (b, ...) of every process -> (N, ...), in the order of the global batch, without gradient."""
-    x = x.detach()
+    x = x.detach().contiguous()
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
