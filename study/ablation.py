@@ -290,8 +290,10 @@ class Table:
     def seeds(self, group, name, measure, step=None):
         return self.series[group, name, step or GROUPS[group][2][-1], measure]
 
-    def values(self, *which):
-        return np.array(list(self.seeds(*which).values()))
+    def values(self, group, *which):
+        """Those of the seeds that all runs of the group have, so that means compare."""
+        series = self.seeds(group, *which)
+        return np.array([value for seed, value in series.items() if int(seed) < GROUPS[group][0]])
 
     def gap(self, group, name, base, measure, step=None):
         """Mean and 95 % half width of the paired difference name - base, a loss in % of the base's."""
@@ -360,7 +362,7 @@ def print_answer(table):
         early = gap_cells(table, runs, ["frechet", "accuracy"], STEPS[0])
         ratio = toy2d.interval(torch.from_numpy(speeds[runs[2]] / speeds[name]).log()).exp()
         time = "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
-        seeds = len(table.values("switches", name, "loss"))
+        seeds = len(table.seeds("switches", name, "loss"))
         cells = gap_cells(table, runs, GAPS)
         rows += [[f"{name} vs {runs[2]}", *cells, verdict, *early, time, str(seeds)]]
     toy2d.print_table(rows)
