@@ -300,7 +300,7 @@ def sample_timesteps(u, t, pdf):
     cdf = torch.cumulative_trapezoid(pdf, t.to(pdf)).to(u)
     cdf = F.pad(cdf / cdf[-1], (1, 0))
     t = t.to(u)
-    k = torch.searchsorted(cdf, u, right=True).clamp(1, len(t) - 1)
+    k = torch.searchsorted(cdf, u.contiguous(), right=True).clamp(1, len(t) - 1)
     low = cdf[k - 1]                                         # low <= u < cdf[k]
     share = (u - low) / (cdf[k] - low).clamp_min(1e-12)
     return t[k - 1] + share * (t[k] - t[k - 1])
