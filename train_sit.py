@@ -347,8 +347,8 @@ class SiT(nn.Module):
     """Scalable interpolant transformer: x (B, C, H, W), t (B,), y (B,) -> velocity (B, C, H, W).
 
     features=True -> velocity, z (B, T, feature_dim), the projected tokens of block encoder_depth (None where
-    feature_dim is 0); "only" -> z alone. With cls (B, cls_dim) -> velocity, z (None if not asked for), that
-    of cls. In REG it is the first of 1 + T tokens; without REG it is empty, (B, 0)."""
+    feature_dim is 0); "only" -> z alone. With cls (B, cls_dim) -> velocity, z (None if not asked for), the
+    velocity of cls, which REG makes the first of 1 + T tokens; without REG it is empty, (B, 0)."""
 
     def __init__(self, size=32, channels=4, num_classes=1000, depth=28, width=1152, heads=16, patch=2,
                  encoder_depth=8, feature_dim=0, projector_width=2048, projector="mlp", bottleneck=0,

@@ -6,8 +6,8 @@
     python study/between.py                 # writes between.csv: 20 minutes of one core
     python study/ablation.py --train FLAGS  # one run: train_sit.py with what only the study needs
 
-All runs of a group share their seeds: the order of the data, the noise, u and, except for plain SiT, which
-has no projector, the initialisation. A study that was stopped goes on where it was.
+All runs of a group share their seeds: the order of the data, the noise, u and, where they have
+the same layers, the initialisation. A study that was stopped goes on where it was.
 """
 import argparse
 import collections
