@@ -186,7 +186,7 @@ def centred(losses, t, width=0.05):
 
 def weight_moved(w):
     """Share of the weight that w (N,), sum N, moves away from uniform, and the effective sample size."""
-    moved = (w - 1).abs().sum() / (2 * len(w))
+    moved = (w - 1).abs().mean() / 2
     return moved, w.sum() ** 2 / w.square().sum()
 
 
