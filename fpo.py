@@ -576,7 +576,7 @@ def mean_flow(u, x, steps=1):
 #     L_i = -(1 + eta Var R) (R_i - mu_R) / sigma_R    velocity loss + lambda_0 mean(L_i)    [Eq. 7-11, 14]
 # Chosen, where the text is silent: the gradient goes through the rewards (Prop. 2 and 5 need it), not through
 # w, mu, sigma, Var R. Var is total, within and across batches. FID compares pooled projected h with pooled y;
-# it and LPIPS weigh 1 each. So are decay, eta, the floors. Against App. 0.A the semantic reward is REPA's,
+# it and LPIPS weigh 1 each. Ours, too: decay, eta, floors. Against App. 0.A the semantic reward is REPA's,
 # token by token (there: [CLS] and the mean token), and LPIPS compares x_hat with x (there: with x_t).
 
 

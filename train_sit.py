@@ -127,7 +127,7 @@ ALIGN = {                                    # projected tokens z, features (b, 
     "none": lambda z, features, t, **more: torch.zeros_like(t),
     "cosine": lambda z, features, **more: fpo.alignment_loss(z, features),
     "spatial": lambda z, features, **more: fpo.alignment_loss(                       # lengths are not stored
-        z, fpo.spatially_normalised(F.normalize(features.float(), dim=-1))),
+        z, fpo.spatially_normalised(F.normalize(fpo.in_float32(features), dim=-1))),
     "nt_xent": lambda z, features, **more: fpo.nt_xent_loss(z, gather(features), first=RANK * len(z)),
     "vrpo": lambda z, features, **more: vrpo_losses(z, features, **more),
 }
